@@ -1,0 +1,354 @@
+"""Archive everything frozen, once: DINOv2's features and the VAE's posterior moments of every view (section 3.4).
+
+Neither encoder takes part in backpropagation, so training need not run them. The paper archives DINOv2's outputs, for
+10% of the training time; the VAE costs more than the UNet, so its moments are archived too.
+
+    python precompute_dino.py --data data/shapes --archive out/archive --codec pixels --image_size 64 \
+        --encoder vit_tiny_patch16_224 --weights random --layers 5 11 --encoder_size 64           # a CPU, in a minute
+    python precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors              # one GPU
+    torchrun --nproc_per_node 8 precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors
+
+An archive is ARCHIVE/manifest.json and a shard ARCHIVE/%05d.safetensors for every 256 objects: the views of its objects
+along the first axis, as latent_mean, latent_logvar (N,C,h,w) float16, cls (N,D) float16, patch (N,T,K) float16 or
+float8_e4m3fn, alpha (N,T) uint8 (the object's cover of each patch), pose (N,3,4) float32; view_offset (objects+1,)
+int64. A shard appears whole or not at all, and rerunning the command goes on where it was stopped.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import pretrained
+from data import InputError
+
+# ------------------------------------------------------------------------------------------- shared with train, sample
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for a --device flag: "auto" is this process's GPU where there is one. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: not a device") from None
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(device: torch.device, precision: str):
+    """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+@torch.no_grad()
+def encode(image: Tensor, encoder, codec) -> dict[str, Tensor]:
+    """What is archived of each image (B,3,H,W) in [-1,1]: latent_mean, latent_logvar, cls and, with layers, patch.
+
+    Training with the encoders in the loop and sampling call it too: archive and online features are the same.
+    """
+    mean, logvar = codec.encode(image)
+    cls, patch = encoder(image)
+    rows = {"latent_mean": mean, "latent_logvar": logvar, "cls": cls}
+    return rows if patch is None else rows | {"patch": patch}
+
+
+def add_encoder_flags(group) -> None:
+    """The flags that choose what is frozen, shared by precompute_dino.py and train.py --online."""
+    group.add_argument("--image_size", type=int, default=256, help="side of the images in pixels (4.1)")
+    group.add_argument("--encoder", default=pretrained.DINOV2, help="a timm ViT (3.3; CLIP for Zero-1-to-3's baseline)")
+    group.add_argument("--weights", default="pretrained", help="encoder's weights: pretrained, random, or a file")
+    group.add_argument("--encoder_size", type=int, default=224, help="the encoder's input in pixels: 16x16 patches")
+    group.add_argument(
+        "--layers",
+        type=int,
+        nargs="*",
+        default=[5, 11, 17, 23],
+        help="encoder blocks whose patch features are kept, from shallow to deep (3.3 gives no numbers; ours)",
+    )
+    group.add_argument("--codec", choices=["sd", "pixels"], default="sd", help="SD's VAE, or lossless space-to-depth")
+    group.add_argument("--pixels_factor", type=int, default=4, help="downsampling of --codec pixels")
+    group.add_argument("--vae", help="weights of --codec sd: any Stable Diffusion checkpoint or VAE, or a hub name")
+    group.add_argument(
+        "--val_fraction", type=float, default=0.01, help="share of objects held out, the last ones (4.1)"
+    )
+
+
+def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[str, Tensor] | None = None):
+    """(encoder, codec) that the flags of `add_encoder_flags` describe, on the device, channels-last.
+
+    tensors: what no public file holds, as `pretrained.own_tensors` gives it.
+    """
+    codec = pretrained.load_codec(args.codec, args.vae, args.pixels_factor)
+    if args.image_size % codec.factor:
+        raise InputError(f"--image_size {args.image_size} is not a multiple of the codec's factor {codec.factor}")
+    saved, pca = pretrained.split_own(tensors or {})
+    weights = saved if args.weights == "random" and saved else args.weights
+    encoder = pretrained.ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
+    return encoder.to(device), codec.to(device, memory_format=torch.channels_last)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path), flush to disk, rename: the file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # safetensors and torch.save wrap a full disk in a RuntimeError
+        raise InputError(f"{path}: could not be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the writer
+
+
+class Views(torch.utils.data.Dataset):
+    """Decodes batches of views, in workers. Index with (shard, [(object, image path, pose path), ...]).
+
+    Returns {"shard", "object" (V,), "image" (V,3,H,W), "alpha" (V,H,W), "pose" (V,3,4), "bad": messages}.
+    """
+
+    def __init__(self, size: int, skip_bad: bool):
+        self.size, self.skip_bad = size, skip_bad
+
+    def __getitem__(self, batch: tuple[int, list]) -> dict:
+        shard, views = batch
+        rows, bad = [], []
+        for index, image_path, pose_path in views:
+            try:
+                pose = torch.from_numpy(data.read_pose(pose_path)).float()
+                rows.append((torch.tensor(index), *data.load_image(image_path, self.size), pose))
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append(str(error))
+        columns = [torch.stack(column) for column in zip(*rows, strict=True)] or [torch.empty(0)] * 4
+        return dict(zip(("object", "image", "alpha", "pose"), columns, strict=True)) | {"shard": shard, "bad": bad}
+
+
+def load_views(members: dict[int, list[str]], args) -> torch.utils.data.DataLoader:
+    """Batches of the views of each shard's objects (shard -> names), in order, none across shards."""
+
+    def batches():  # runs in this process as workers ask for more: no list of all views is ever made
+        for shard, names in members.items():
+            views = []
+            for index, name in enumerate(names):
+                found = data.list_views(args.data, name)
+                if not found and not args.skip_bad:
+                    raise InputError(f"{Path(args.data) / name}: no view has both an image and a pose")
+                views += [(index, image, pose) for image, pose in found]
+            for first in range(0, len(views), args.batch_size):
+                yield shard, views[first : first + args.batch_size]
+
+    views = Views(args.image_size, args.skip_bad)
+    return torch.utils.data.DataLoader(views, batch_size=None, sampler=batches(), num_workers=args.workers)
+
+
+def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
+    """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU."""
+    with autocast(device, args.precision):
+        rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
+    patch_dtype = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}[args.patch_dtype]
+    limit = {"fp16": 65504.0, "fp8": 448.0}
+    out = {}
+    for key, value in rows.items():
+        form = args.patch_dtype if key == "patch" else "fp16"
+        value = value.float().clamp(-limit[form], limit[form])  # a cast to fp8 saturates to NaN otherwise
+        out[key] = value.to(patch_dtype if key == "patch" else torch.float16).cpu()
+    grid = round(encoder.tokens**0.5)
+    cover = F.adaptive_avg_pool2d(batch["alpha"][:, None], grid).flatten(1)
+    alpha = (255 * cover).round().to(torch.uint8)
+    return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
+
+
+def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
+    """PCA of the patch features of foreground tokens: {"mean" (K0,), "components" (K0, K) float32}."""
+    count, total, outer = 0, 0, 0
+    for batch in tqdm(loader, desc="fitting the PCA", unit="batch"):
+        if not len(batch["object"]):
+            continue
+        with autocast(device, args.precision):
+            patch = encoder(batch["image"].to(device))[1].double()
+        grid = round(encoder.tokens**0.5)
+        cover = F.adaptive_avg_pool2d(batch["alpha"][:, None], grid).flatten(1).to(device)
+        tokens = patch[cover > 0.5]  # (foreground tokens, K0)
+        count, total, outer = count + len(tokens), total + tokens.sum(0), outer + tokens.T @ tokens
+    if count < args.pca:
+        raise InputError(f"--pca {args.pca}: only {count} foreground tokens in the sampled training objects")
+    mean = total / count
+    variance, vectors = torch.linalg.eigh(outer / count - mean.outer(mean))  # ascending
+    kept = variance[-args.pca :].sum() / variance.sum()
+    print(f"PCA to {args.pca} of {len(mean)} channels keeps {kept:.1%} of the foreground tokens' variance")
+    return {"mean": mean.float().cpu(), "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu()}
+
+
+def bytes_per_view(encoder, codec, args) -> int:
+    latent = codec.channels * (args.image_size // codec.factor) ** 2
+    patch = encoder.tokens * encoder.feature_dim * {"fp16": 2, "fp8": 1}[args.patch_dtype]
+    return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48
+
+
+def check_space(names: list[str], todo: int, encoder, codec, args) -> float:
+    """Print what the archive will take, refuse when the disk lacks it; returns the first objects' views an object."""
+    sample = names[:256]
+    views = sum(len(data.list_views(args.data, name)) for name in sample) / len(sample)
+    need = todo * views * bytes_per_view(encoder, codec, args)
+    free = shutil.disk_usage(args.archive).free
+    print(
+        f"{todo} objects x {views:.1f} views x {bytes_per_view(encoder, codec, args):,} bytes = {need / 1e9:.2f} GB "
+        f"to write, {free / 1e9:.1f} GB free"
+    )
+    if need > free:
+        raise InputError(f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
+    return views
+
+
+FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor", "image_size", "val_fraction")
+FLAGS += ("patch_dtype", "pca", "precision")
+
+
+def check_flags(args, names: list[str]) -> None:
+    """Hold flags and objects against those of an archive begun before. Raises InputError naming the flag."""
+    path = Path(args.archive) / "manifest.json"
+    if not path.exists():
+        return
+    there = data.read_manifest(args.archive)
+    for flag in FLAGS:
+        if there.get("flags", {}).get(flag) != vars(args)[flag]:
+            raise InputError(f"--{flag} {vars(args)[flag]}: {path} says {there.get('flags', {}).get(flag)}")
+    if there["objects"] != names:
+        raise InputError(f"--data {args.data}: its objects are not the {len(there['objects'])} that {path} lists")
+
+
+def open_manifest(args, encoder, codec, names: list[str]) -> None:
+    """Write the manifest, or check that the one that is there was written with the same weights."""
+    manifest = {
+        "format": data.ARCHIVE_FORMAT,
+        "flags": {flag: vars(args)[flag] for flag in FLAGS},
+        "image_size": args.image_size,
+        "val_fraction": args.val_fraction,
+        "encoder": encoder.spec(),
+        "codec": codec.spec(),
+        "objects": names,
+    }
+    path = Path(args.archive) / "manifest.json"
+    if not path.exists():
+        text = json.dumps(manifest, indent=1)
+        return write_atomically(path, lambda temporary: temporary.write_text(text))
+    there = data.read_manifest(args.archive)
+    for key, flag in (("encoder", "--weights"), ("codec", "--vae")):
+        if there[key]["sha256"] != manifest[key]["sha256"]:
+            raise InputError(f"{flag}: not the weights that {path} was written with (sha256 differs)")
+
+
+def write_archive(members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar) -> list[str]:
+    """Write the shards (shard -> names of its objects); returns messages of what was skipped."""
+    bad: list[str] = []
+    for shard, batches in itertools.groupby(load_views(members, args), key=lambda batch: batch["shard"]):
+        rows = []
+        for batch in batches:
+            bad += batch["bad"]
+            if len(batch["object"]):
+                rows.append(encode_views(batch, encoder, codec, args, device))
+            bar.update(len(batch["object"]))
+        if not rows:
+            raise InputError(
+                f"--data {args.data}: no sound view from {members[shard][0]} to {members[shard][-1]}"
+            )
+        tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
+        tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
+        write_atomically(data.shard_path(args.archive, shard), lambda path, t=tensors: save_file(t, path))
+    return bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
+    group.add_argument("--archive", required=True, help="folder to write")
+    group.add_argument("--skip_bad", action="store_true", help="leave out unreadable views and name them at the end")
+    group = parser.add_argument_group("what is frozen")
+    add_encoder_flags(group)
+    group.add_argument("--patch_dtype", choices=["fp16", "fp8"], default="fp16", help="patch features on disk")
+    group.add_argument("--pca", type=int, default=0, help="project patch features to this many channels; 0: do not")
+    group.add_argument("--pca_objects", type=int, default=512, help="training objects that the PCA is fitted on")
+    group = parser.add_argument_group("system")
+    group.add_argument("--batch_size", type=int, default=64, help="views a batch")
+    group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
+    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="encoders' (3.4: 16-bit)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    data.require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    names = data.list_objects(args.data)
+    train = data.split_objects(names, args.val_fraction, "train")
+    try:
+        Path(args.archive).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--archive {args.archive}: {error.strerror}") from None
+    check_flags(args, names)
+    if world > 1:
+        dist.init_process_group("gloo")  # the ranks only wait: for what rank 0 settles, and for one another at the end
+
+    members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
+               for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
+    members = {s: shard for s, shard in members.items() if not data.shard_path(args.archive, s).exists()}
+
+    # rank 0 settles what all share, and what no public file holds: random weights and the PCA
+    frozen_file = Path(args.archive) / "frozen.safetensors"
+    if rank == 0 and not frozen_file.exists() and (args.weights == "random" or args.pca):
+        encoder, codec = open_frozen(args, device)
+        pca = None
+        if args.pca:
+            picked = np.random.default_rng(0).permutation(len(train))[: args.pca_objects]
+            pca = fit_pca(load_views({0: [train[i] for i in picked]}, args), encoder, codec, args, device)
+        tensors = pretrained.own_tensors(encoder, pca)
+        write_atomically(frozen_file, lambda path: save_file(tensors, path))
+    if world > 1:
+        dist.barrier()
+    encoder, codec = open_frozen(args, device, load_file(frozen_file) if frozen_file.exists() else {})
+    if rank == 0:
+        open_manifest(args, encoder, codec, names)
+        check_space(names, sum(map(len, members.values())), encoder, codec, args)
+    if world > 1:
+        dist.barrier()
+
+    mine = dict(list(members.items())[rank::world])
+    with tqdm(desc=f"archiving, rank {rank}", unit="view", position=rank) as bar:
+        bad = write_archive(mine, encoder, codec, args, device, bar)
+    if bad:
+        print(f"skipped {len(bad)} unreadable view(s):", *bad[:20], *(["..."] if len(bad) > 20 else []), sep="\n  ")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        size = sum(file.stat().st_size for file in Path(args.archive).glob("*.safetensors"))
+        print(f"{args.archive}: {len(names)} objects, {size / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    data.run_script(main)

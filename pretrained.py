@@ -1,0 +1,686 @@
+"""What is frozen, and weights in and out: latent codecs, the image encoder, checkpoints of every format.
+
+Foreign weights are read into LDM's names, those of Stable Diffusion 1.x and zero123: `model.diffusion_model.*`,
+`first_stage_model.*`, `cc_projection.*`, `cond_stage_model.*`. B batch, C latent channels, T patch tokens, D width.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from data import InputError
+from model import NovelViewModel
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes in the order of the names: the same in every container."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def count(names, pattern: str) -> int:
+    """How many different values the pattern's group takes at the start of the names."""
+    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
+
+
+# ----------------------------------------------------------------------------------------------------------- codecs
+
+
+class VAEBlock(nn.Module):
+    """Two convolutions beside a skip connection: (B, c, H, W) -> (B, c', H, W)."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class VAEAttention(nn.Module):
+    """Single-head self attention over positions: (B, c, H, W) -> (B, c, H, W)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, HW, c)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # (B, c, HW)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class VAEResample(nn.Module):
+    """Half or twice the size: (B, c, H, W) -> (B, c, H/2, W/2) or (B, c, 2H, 2W). LDM pads right and below only."""
+
+    def __init__(self, width: int, down: bool):
+        super().__init__()
+        self.down, self.conv = down, nn.Conv2d(width, width, 3, **({"stride": 2} if down else {"padding": 1}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class VAEHalf(nn.Module):
+    """The autoencoder's encoder (down) or decoder, which is the encoder in reverse: levels of the given widths."""
+
+    def __init__(self, channels: int, width: int, widths: list[int], blocks: int, out: int, down: bool):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        middle, name = widths[-1] if down else width, "down" if down else "up"
+        parts = {"block_1": VAEBlock(middle, middle), "attn_1": VAEAttention(middle)}
+        self.mid = nn.ModuleDict(parts | {"block_2": VAEBlock(middle, middle)})
+        levels, layers = nn.ModuleList(), []
+        for i, level_width in enumerate(widths):
+            chain = [width] + [level_width] * blocks
+            level, width = {"block": nn.ModuleList(map(VAEBlock, chain, chain[1:]))}, level_width
+            layers += level["block"]
+            if i < len(widths) - 1:
+                level[f"{name}sample"] = VAEResample(width, down)
+                layers += [level[f"{name}sample"]]
+            levels.append(nn.ModuleDict(level))
+        setattr(self, name, levels if down else levels[::-1])  # up.0 is the finest level, and runs last
+        self.order = (*layers, *self.mid.values()) if down else (*self.mid.values(), *layers)
+        self.norm_out, self.conv_out = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for layer in self.order:
+            h = layer(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's KL-f8 autoencoder under LDM's names. Where the diffusion runs, latents are times `scale`.
+
+    encode: image (B, 3, H, W) in [-1, 1] -> the posterior's mean and log variance, (B, C, H/f, W/f) each, unscaled.
+    decode: unscaled latent -> image. `load_autoencoder` freezes it.
+    """
+
+    scale = 0.18215
+
+    def __init__(self, ch: int = 128, ch_mult=(1, 2, 4, 4), num_res_blocks: int = 2, z_channels: int = 4):
+        super().__init__()
+        self.channels, self.factor, self.source = z_channels, 2 ** (len(ch_mult) - 1), None
+        widths = [ch * mult for mult in ch_mult]
+        self.encoder = VAEHalf(3, ch, widths, num_res_blocks, 2 * z_channels, down=True)
+        self.decoder = VAEHalf(z_channels, widths[-1], widths[::-1], num_res_blocks + 1, 3, down=False)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def spec(self) -> dict:
+        """What an archive or a checkpoint notes of this codec, fit for json."""
+        return codec_spec(self, "sd") | {"source": self.source}
+
+
+class SpaceToDepth(nn.Module):
+    """The lossless codec without weights: f x f pixels become 3 f² channels. AutoencoderKL's interface."""
+
+    scale = 1.0
+
+    def __init__(self, factor: int = 4):
+        super().__init__()
+        self.factor, self.channels = factor, 3 * factor**2
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mean = F.pixel_unshuffle(image, self.factor)
+        return mean, torch.full_like(mean, -30.0)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(z, self.factor)
+
+    def spec(self) -> dict:
+        return codec_spec(self, "pixels") | {"source": None}
+
+
+def codec_spec(codec: nn.Module, name: str) -> dict:
+    spec = {"name": name, "channels": codec.channels, "factor": codec.factor, "scale": codec.scale}
+    return spec | {"sha256": tensor_hash(codec.state_dict())}
+
+
+def load_codec(name: str, source: str | None = None, factor: int = 4) -> nn.Module:
+    """The frozen codec "sd", from anything that `read_weights` reads, or "pixels" with its factor."""
+    if name == "pixels":
+        return SpaceToDepth(factor)
+    if name != "sd" or not source:
+        raise InputError(f"--codec {name}: give pixels, or sd with --vae (a checkpoint, diffusers folder or hub name)")
+    codec = load_autoencoder(read_weights(source, ("vae",)))
+    codec.source = str(source)
+    return codec
+
+
+def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
+    """The autoencoder under `first_stage_model.`, frozen, in float32; its shape follows from the tensors."""
+    given = {k.removeprefix("first_stage_model."): v for k, v in weights.items() if k.startswith("first_stage_model.")}
+    levels, blocks = count(given, r"encoder\.down\.(\d+)"), count(given, r"encoder\.down\.0\.block\.(\d+)")
+    try:
+        ch, z_channels = len(given["encoder.conv_in.weight"]), len(given["post_quant_conv.weight"])
+        mult = [len(given[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)]
+        with torch.device("meta"):
+            codec = AutoencoderKL(ch, mult, blocks, z_channels)
+        codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error:  # a tensor is missing, or of another shape
+        raise InputError(f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})") from None
+    return codec.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------- image encoder
+
+
+class ImageEncoder(nn.Module):
+    """A frozen timm ViT (3.3): image (B, 3, H, W) in [-1, 1] -> cls (B, cls_dim), patch (B, T, feature_dim) or None.
+
+    weights: "pretrained" (timm's, from the hub), "random", a file (timm's names, DINOv2's original, OpenAI's or
+        transformers' CLIP, a zero123 checkpoint), a diffusers folder, or the tensors of an earlier `.vit`.
+    layers: blocks whose patch tokens are kept, counted from 0, rising; () for none.
+    pca: {"mean": (K0,), "components": (K0, K)} for the patch features.
+    Further arguments go to timm.create_model. Raises InputError for what the user can mend.
+    """
+
+    def __init__(self, name=DINOV2, weights="pretrained", layers=(5, 11, 17, 23), image_size=224, pca=None, **args):
+        super().__init__()
+        self.name, self.layers, self.image_size, self.clip = name, list(layers), image_size, "_clip_" in name
+        self.source = weights if isinstance(weights, str) else "saved"
+        try:  # on "meta" where weights follow, for initialising a ViT-L takes ten seconds
+            with torch.device("cpu" if weights == "random" else "meta"):
+                vit = timm.create_model(name, **(args if self.clip else {"num_classes": 0} | args))
+        except RuntimeError as error:
+            raise InputError(f"--encoder {name}: {one_line(error)}") from None
+        if not isinstance(vit, timm.models.VisionTransformer):
+            raise InputError(f"--encoder {name}: a {type(vit).__name__}, not one of timm's VisionTransformers")
+        if self.layers != sorted(set(layers)) or not set(layers) <= set(range(len(vit.blocks))):
+            raise InputError(f"--layers {self.layers}: {name} has 0 to {len(vit.blocks) - 1}, to be given rising")
+        if image_size % vit.patch_embed.patch_size[0]:
+            raise InputError(f"--encoder_size {image_size}: not a multiple of the patch {vit.patch_embed.patch_size}")
+        if weights == "random":
+            print(f"WARNING: --weights random: the features of {name} MEAN NOTHING, they only try the pipeline")
+        elif isinstance(weights, str):
+            load_vit(vit, name, weights)
+        positions, grid = vit.pos_embed, vit.patch_embed.grid_size
+        vit.set_input_size((image_size, image_size))
+        # as its authors resample: DINOv2 (original, transformers) without antialias; with registers, with it, as timm
+        antialias, prefix = "dinov2" not in name or "reg" in name, 0 if vit.no_embed_class else vit.num_prefix_tokens
+        new = resample_abs_pos_embed(positions.detach(), vit.patch_embed.grid_size, grid, prefix, antialias=antialias)
+        vit.pos_embed = nn.Parameter(new)
+        if isinstance(weights, dict):
+            vit.load_state_dict(weights, assign=True)
+        self.vit = vit
+        self.cls_dim = vit.head.out_features if self.clip else vit.num_features
+        self.tokens, self.feature_dim = vit.patch_embed.num_patches, len(layers) * vit.num_features
+        if pca:
+            if len(pca["components"]) != self.feature_dim:
+                raise InputError(f"--pca: for {len(pca['components'])} channels, the layers have {self.feature_dim}")
+            self.feature_dim = pca["components"].shape[1]
+        mean, std = (torch.tensor(vit.pretrained_cfg[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+        constants = {"mean": mean, "std": std, "pca_mean": pca and pca["mean"], "pca": pca and pca["components"]}
+        for key, value in constants.items():
+            self.register_buffer(key, value, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)  # frozen, whatever happens around it
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        size = (self.image_size, self.image_size)
+        if self.clip:  # Zero-1-to-3's preprocessing: no antialias
+            x = F.interpolate(image.float(), size, mode="bicubic", align_corners=True)
+        else:  # the paper is silent; ours, as DINOv2's evaluation does
+            x = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
+        x = (((x + 1) / 2 - self.mean) / self.std).to(self.vit.patch_embed.proj.weight.dtype)
+        if self.layers:  # hidden: (B, T, D) each, before the final norm
+            x, hidden = self.vit.forward_intermediates(x, indices=self.layers, output_fmt="NLC")
+        else:
+            x, hidden = self.vit.forward_features(x), []
+        cls = self.vit.forward_head(x)  # [CLS] behind the final norm, and CLIP's behind its projection
+        cls = cls.float() if self.clip else plain_norm(cls)  # CLIP's stays what Zero-1-to-3 expects
+        patch = torch.cat([plain_norm(h) for h in hidden], dim=2) if hidden else None  # (B, T, K0), shallow to deep
+        if patch is not None and self.pca is not None:
+            patch = (patch - self.pca_mean) @ self.pca
+        return cls, patch
+
+    def spec(self) -> dict:
+        """What an archive or a checkpoint notes of this encoder, fit for json."""
+        # the position embeddings are resampled, which different machines round differently
+        tensors = {k: v for k, v in self.vit.state_dict().items() if k != "pos_embed"}
+        spec = {"name": self.name, "weights": self.source, "layers": self.layers, "image_size": self.image_size}
+        spec |= {"cls_dim": self.cls_dim, "feature_dim": self.feature_dim, "tokens": self.tokens}
+        return spec | {"pca": None if self.pca is None else self.pca.shape[1], "sha256": tensor_hash(tensors)}
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    """3.4's additional LayerNorm, which cures 16-bit training: over channels, no parameters, float32."""
+    return F.layer_norm(x.float(), x.shape[-1:])
+
+
+def load_vit(vit: nn.Module, name: str, weights: str) -> None:
+    """Fill a timm ViT of its pretraining's size, in float32; weights as in ImageEncoder."""
+    if weights == "pretrained":
+        repo, file = vit.pretrained_cfg.get("hf_hub_id") or name, vit.pretrained_cfg.get("hf_hub_filename")
+        weights = from_hub(repo, file or "model.safetensors", "it to --weights (sample.py: --encoder_weights)")
+    tensors = read_weights(weights, ("image_encoder",)) if Path(weights).is_dir() else read_tensors(weights)
+    tensors = {re.sub(r"^cond_stage_model\.(model\.)?", "", k): v for k, v in tensors.items()}
+    state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
+    try:
+        vit.load_state_dict({k: state[k].float().contiguous() for k in vit.state_dict()}, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"--weights {weights}: no {name} in it ({one_line(error)})") from None
+
+
+CLIP_NAMES = [line.split() for line in """
+    conv1                   embeddings.patch_embedding            patch_embed.proj
+    positional_embedding    embeddings.position_embedding.weight  pos_embed
+    class_embedding         embeddings.class_embedding            cls_token
+    transformer.resblocks.  encoder.layers.                       blocks.
+    ln_pre.                 pre_layrnorm.                         norm_pre.
+    ln_post.                post_layernorm.                       norm.
+    ln_1.                   layer_norm1.                          norm1.
+    ln_2.                   layer_norm2.                          norm2.
+    attn.in_proj_           self_attn.qkv_proj.                   attn.qkv.
+    attn.out_proj.          self_attn.out_proj.                   attn.proj.
+    mlp.c_fc.               mlp.fc1.                              mlp.fc1.
+    mlp.c_proj.             mlp.fc2.                              mlp.fc2.""".strip().splitlines()]  # fmt: skip
+"""CLIP's vision tower in OpenAI's names (`visual.`), transformers' (`vision_model.`) and timm's."""
+
+
+def clip_to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' CLIP names -> timm's. All else passes unchanged: timm itself converts OpenAI's CLIP and DINOv2."""
+    if "visual_projection.weight" not in tensors:
+        return dict(tensors)
+    head = tensors["visual_projection.weight"]
+    result = {"head.weight": head, "head.bias": torch.zeros(len(head))}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+            name = name.replace("q_proj", "qkv_proj")
+        elif "class_embedding" in name or "position_embedding.weight" in name:
+            tensor = tensor.reshape(1, -1, tensor.shape[-1])
+        for _, theirs, timms in CLIP_NAMES:
+            name = name.replace(f"vision_model.{theirs}", timms).replace(f".{theirs}", f".{timms}")
+        result[name] = tensor
+    return result
+
+
+# -------------------------------------------------------------------------------------------------- diffusers' names
+
+
+def pairs(ours: str, theirs: str) -> list[tuple[str, str]]:
+    return list(zip(ours.split(), theirs.split(), strict=True))
+
+
+UNET_FIXED = pairs(
+    "time_embed.0 time_embed.2 input_blocks.0.0", "time_embedding.linear_1 time_embedding.linear_2 conv_in"
+)
+UNET_FIXED += pairs("middle_block.0 middle_block.1", "mid_block.resnets.0 mid_block.attentions.0")
+UNET_FIXED += pairs("middle_block.2 out.0 out.2", "mid_block.resnets.1 conv_norm_out conv_out")
+UNET_LAYERS = pairs("in_layers.0 in_layers.2 emb_layers.1", "norm1 conv1 time_emb_proj")
+UNET_LAYERS += pairs("out_layers.0 out_layers.3 skip_connection", "norm2 conv2 conv_shortcut")
+VAE_LAYERS = pairs("nin_shortcut norm q k v proj_out", "conv_shortcut group_norm to_q to_k to_v to_out.0")
+VAE_LAYERS += pairs("q k v proj_out", "query key value proj_attn")  # old diffusers'
+
+
+def translate(names, prefixes, layers, back: bool) -> dict[str, str]:
+    """{name: translation} by (LDM, diffusers) prefixes and layers behind them, dots left out; unknown names stay."""
+    order, result = -1 if back else 1, {name: name for name in names}
+    prefixes, layers = ([[f"{part}." for part in pair[::order]] for pair in table] for table in (prefixes, layers))
+    for name in result:
+        for old, new in (pair for pair in prefixes if name.startswith(pair[0])):
+            rest = name.removeprefix(old)
+            layer = next((pair for pair in layers if rest.startswith(pair[0])), ("", ""))
+            result[name] = new + layer[1] + rest.removeprefix(layer[0])
+    return result
+
+
+def unet_names(names, back: bool = False) -> dict[str, str]:
+    """{LDM's name: diffusers'} of a UNet's parameters, of any shape; back: {diffusers': LDM's}."""
+    levels = count(names, r"up_blocks\.(\d+)") if back else 1 + count(names, r"input_blocks\.(\d+)\.0\.op")
+    decoder = count(names, r"up_blocks\.(\d+\.resnets\.\d+)") if back else count(names, r"output_blocks\.(\d+)")
+    blocks, table = (
+        decoder // max(levels, 1),
+        list(UNET_FIXED),
+    )  # blocks of a level in the decoder, one more than before
+    for i in range(decoder):
+        level, j = divmod(i, blocks)
+        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
+        table += [(f"output_blocks.{i}.0", f"{up}.resnets.{j}"), (f"output_blocks.{i}.1", f"{up}.attentions.{j}")]
+        table += [
+            (f"input_blocks.{i + 1}.0", f"{down}.resnets.{j}"),
+            (f"input_blocks.{i + 1}.1", f"{down}.attentions.{j}"),
+        ]
+        if j == blocks - 1:  # the upsampling comes behind the transformer, if there is one
+            k = 2 if {f"{up}.attentions.0.norm.weight", f"output_blocks.{i}.1.norm.weight"} & set(names) else 1
+            table += [(f"output_blocks.{i}.{k}.conv", f"{up}.upsamplers.0.conv")]
+            table += [(f"input_blocks.{i + 1}.0.op", f"{down}.downsamplers.0.conv")]
+    return translate(names, table, UNET_LAYERS, back)
+
+
+def vae_names(names, back: bool = False) -> dict[str, str]:
+    """{LDM's name: diffusers'} of an autoencoder's parameters, of any shape; back: {diffusers', new or old: LDM's}."""
+    levels, table = count(names, r"encoder\.down(?:_blocks)?\.(\d+)"), []
+    blocks = count(names, r"decoder\.up(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)")
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        table += [(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}") for i in (0, 1)]
+        table += [
+            (f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"),
+            (f"{side}.norm_out", f"{side}.conv_norm_out"),
+        ]
+        for i in range(levels):  # LDM numbers the decoder's levels from fine to coarse
+            ours, theirs = f"{side}.{way}.{i if way == 'down' else levels - 1 - i}", f"{side}.{way}_blocks.{i}"
+            table += [(f"{ours}.block.{j}", f"{theirs}.resnets.{j}") for j in range(blocks)]
+            table += [(f"{ours}.{way}sample", f"{theirs}.{way}samplers.0")]
+    return translate(names, table, VAE_LAYERS, back)
+
+
+# ----------------------------------------------------------------------------------------------- reading checkpoints
+
+# diffusers' folders: LDM's prefixes
+PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "cc_projection": "cc_projection."}
+PREFIX["image_encoder"] = "cond_stage_model."
+# What Lightning and numpy leave in a checkpoint beside tensors. None of it is wanted, and none of it is run.
+LEFTOVERS = [
+    *(f"pytorch_lightning.callbacks.{name}" for name in ("base.Callback", "early_stopping.EarlyStopping")),
+    *(f"{pl}.callbacks.model_checkpoint.ModelCheckpoint" for pl in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+]
+
+
+class Inert:
+    """Stands for all of LEFTOVERS: takes any arguments and state, does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one file, safetensors or torch's, memory-mapped where the format allows.
+
+    A pickle runs nothing: InputError names the first global in it that is neither torch's own nor in LEFTOVERS.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in LEFTOVERS]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a damaged file provokes in the parsers
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if unsafe:
+            raise InputError(f"{path}: refused, its pickle asks for {unsafe[1]}, which weights do not need") from None
+        raise InputError(f"{path}: truncated, or no checkpoint that reads safely ({type(error).__name__})") from None
+    for key in ("state_dict", "model"):
+        loaded = loaded[key] if isinstance(loaded, dict) and isinstance(loaded.get(key), dict) else loaded
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors")
+    return tensors
+
+
+def to_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A single model's tensors under LDM's names and prefix, told by the names; a whole LDM checkpoint unchanged."""
+    marks = {"time_embedding.linear_1.weight": "unet", "time_embed.0.weight": "unet", "encoder.conv_in.weight": "vae"}
+    marks |= {"visual_projection.weight": "image_encoder", "projection.weight": "cc_projection"}  # zero123-hf's
+    kind = next((kind for mark, kind in marks.items() if mark in tensors), None)
+    names = {k: k.removeprefix("projection.") for k in tensors}
+    if "time_embedding.linear_1.weight" in tensors:
+        names = unet_names(tensors, back=True)
+    elif "encoder.conv_norm_out.weight" in tensors:
+        names = vae_names(tensors, back=True)
+    result = {PREFIX.get(kind, "") + names[k]: v for k, v in tensors.items()}
+    for name, tensor in result.items():  # diffusers' attention in the autoencoder is linear, LDM's 1x1 convolutions
+        if ".mid.attn_1." in name and tensor.ndim == 2:
+            result[name] = tensor[:, :, None, None]
+    return result
+
+
+def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> dict[str, Tensor]:
+    """Weights of Stable Diffusion 1.x, zero123 or their like under LDM's names, whatever holds them.
+
+    source: a file (.safetensors, .ckpt, .pt, .pth, .bin; LDM's or diffusers' names), a diffusers folder, or the name
+    of a hub repository; parts: which of PREFIX. zero123's EMA replaces the raw UNet. Raises InputError, in one line,
+    for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
+    """
+    path, hub = Path(source), not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source))
+    if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
+        path = Path(from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path"))
+    tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
+    for folder in ("", *parts) if path.is_dir() else ():
+        files = [*(path / folder).glob("*.safetensors")] or [*(path / folder).glob("*.bin")]
+        if files:  # the shortest name is the plain one, before .fp16 and .non_ema
+            tensors |= to_ldm(read_tensors(min(files, key=lambda file: len(file.name))))
+    if not tensors:
+        raise InputError(f"{source}: no weights in this folder, nor in any of {', '.join(parts)} in it")
+    context = {v.shape[1] for k, v in tensors.items() if k.endswith("attn2.to_k.weight")}
+    linear = any(k.endswith("proj_in.weight") and v.ndim == 2 for k, v in tensors.items())
+    other = "XL" if 2048 in context else "2.x" if linear and 1024 in context and "unet" in parts else None
+    if other:
+        raise InputError(f"{source}: a Stable Diffusion {other} checkpoint (context {max(context)}); 1.x is needed")
+    # zero123's LitEma keeps `model.diffusion_model.a.b` as `model_ema.diffusion_modelab`
+    ema = {k: "model_ema." + k[6:].replace(".", "") for k in tensors if k.startswith(PREFIX["unet"])}
+    if "unet" in parts and ema and all(name in tensors for name in ema.values()):
+        print(f"{source}: taking the EMA of the UNet (model_ema.*), not its raw weights")
+        tensors |= {k: tensors[name] for k, name in ema.items()}
+    return {k: v for k, v in tensors.items() if k.startswith(tuple(PREFIX[part] for part in parts))}
+
+
+def from_hub(repo: str, files: str | list[str], flag: str) -> str:
+    """Local path of a file in a hub repository, or of a snapshot with the files that patterns match."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(hub.constants.ENDPOINT, timeout=10)  # its client would retry for half a minute a file
+        offline = hub.constants.HF_HUB_OFFLINE
+    except Exception:  # of whichever HTTP library it uses
+        offline = True
+    try:
+        if isinstance(files, str):
+            return hub.hf_hub_download(repo, files, local_files_only=offline)
+        return hub.snapshot_download(repo, allow_patterns=files, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        what = f"{repo}: neither here nor to be had from the hub ({type(error).__name__})"
+        names = files if isinstance(files, str) else ", ".join(files[::2])
+        raise InputError(f"{what}: fetch https://huggingface.co/{repo} ({names}) and give {flag}") from None
+
+
+@torch.no_grad()
+def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
+    """Fill `model.unet` and `model.cc_projection` from `read_weights`'s tensors, for --init, and print what happened.
+
+    A conv_in without the condition's channels is extended with zeros: the network starts as the pretrained one
+    (Zero-1-to-3). Raises InputError, before anything is changed, where shapes disagree or a tenth of the UNet is
+    missing.
+    """
+    own, ready, wrong, conv_in = model.unet.state_dict(), {}, [], "input_blocks.0.0.weight"
+    given = {k.removeprefix(PREFIX["unet"]): v for k, v in weights.items() if k.startswith(PREFIX["unet"])}
+    if conv_in in given and 2 * given[conv_in].shape[1] == own[conv_in].shape[1]:
+        given[conv_in] = torch.cat([given[conv_in], torch.zeros_like(given[conv_in])], dim=1)
+        print(f"init: extended {conv_in} to {given[conv_in].shape[1]} channels: those of the condition are zero")
+    for name in (k for k in own if k in given):
+        linear = name.endswith((".proj_in.weight", ".proj_out.weight")) and given[name].ndim == 2  # LDM's: 1x1 conv
+        ready[name] = given[name][:, :, None, None] if linear else given[name]
+        if ready[name].shape != own[name].shape:
+            wrong.append(f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}")
+    missing, left = [k for k in own if k not in ready], [k for k in given if k not in own]
+    total = sum(v.numel() for k, v in own.items() if k != "amalgamation.weight")
+    covered = sum(own[k].numel() for k in ready) / total
+    if wrong:
+        raise InputError(f"--init: {len(wrong)} tensors of other shapes than the UNet's: {', '.join(wrong[:3])}")
+    if covered < 0.9:
+        raise InputError(f"--init: holds {covered:.0%} of the UNet, no {', '.join(missing[:3])}; is it SD 1.x?")
+    for name, tensor in ready.items():
+        own[name].copy_(tensor)
+    print(f"init: loaded {len(ready)} tensors, {covered:.1%} of the UNet's parameters")
+    for what, names in (("missing, left as initialised", missing), ("left over, unused", left)):
+        if names:
+            print(f"init: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+    given = {k: weights.get(f"cc_projection.{k}", torch.empty(0)) for k in ("weight", "bias")}
+    fits = all(given[k].shape == v.shape for k, v in model.cc_projection.named_parameters())
+    if fits:
+        model.cc_projection.load_state_dict(given)
+    shape = tuple(given["weight"].shape) if len(given["weight"]) else "missing"
+    print(f"init: cc_projection {'loaded' if fits else f'left as initialised, the checkpoint has it {shape}'}")
+
+
+# ------------------------------------------------------------------------------------------------ our own checkpoints
+
+CHECKPOINT_FORMAT = 1
+
+
+def save_model(path: Path, model: NovelViewModel, meta: dict, tensors: dict[str, Tensor]) -> None:
+    """model.safetensors: the model's weights in float32, what rebuilds it as metadata, and `tensors` of the encoder.
+
+    meta: "encoder" and "codec" specs, "image_size", "val_fraction", "step", "args" of training, ...
+    """
+    weights = {name: value.float().contiguous() for name, value in model.state_dict().items()}
+    meta = {"format": CHECKPOINT_FORMAT, "model": model.args} | meta
+    save_file(weights | tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
+
+
+def read_meta(path: Path) -> dict | None:
+    """The metadata that `save_model` wrote, checked; None where the file is another program's. Raises InputError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("efficient_3dim")
+        meta = json.loads(text) if text else None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a safetensors file ({one_line(error)})") from None
+    if meta is None:
+        return None
+    if meta.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: checkpoint format {meta.get('format')}, this code reads {CHECKPOINT_FORMAT}")
+    if missing := {"model", "encoder", "codec", "image_size", "val_fraction"} - meta.keys():
+        raise InputError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
+    return meta
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file of a run (its latest checkpoint), of a step folder, or the path itself. Raises InputError."""
+    path = Path(path)
+    if (path / "latest").exists():
+        path = path / (path / "latest").read_text().strip()
+    if (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    if path.is_dir() and not (path / "unet").exists():
+        raise InputError(f"--ckpt {path}: no checkpoint in this folder")
+    return path
+
+
+def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What no public file holds of an encoder: random weights ("encoder.*") and the PCA ("pca.*")."""
+    tensors = {f"encoder.{k}": v for k, v in encoder.vit.state_dict().items()} if encoder.source == "random" else {}
+    tensors |= {f"pca.{k}": v for k, v in (pca or {}).items()}
+    return {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+
+def split_own(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """(an encoder's weights, its PCA or None) from what holds `own_tensors`, among others."""
+    parts = [{k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("encoder.", "pca.")]
+    return parts[0], parts[1] or None
+
+
+def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tensor] | None = None) -> ImageEncoder:
+    """The encoder of a spec, from --encoder_weights, from `own_tensors`, or from where it came. Raises InputError."""
+    saved, pca = split_own(tensors or {})
+    weights = source or saved or spec["weights"]
+    encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
+    if encoder.spec()["sha256"] != spec["sha256"]:
+        raise InputError(
+            f"--encoder_weights {source or spec['weights']}: not the {spec['name']} that the model was trained with"
+        )
+    return encoder
+
+
+def open_codec(spec: dict, source: str | None = None) -> nn.Module:
+    """The codec of a spec, from --vae or from where it came. Raises InputError."""
+    codec = load_codec(spec["name"], source or spec["source"], spec["factor"])
+    if codec.spec()["sha256"] != spec["sha256"]:
+        raise InputError(f"--vae {source or spec['source']}: not the VAE that the model was trained with")
+    return codec
+
+
+def infer_args(weights: dict[str, Tensor]) -> dict:
+    """NovelViewModel's arguments from a zero123 checkpoint's shapes; the number of heads leaves none: SD 1.x's 8."""
+    shapes = {k.removeprefix(PREFIX["unet"]): tuple(v.shape) for k, v in weights.items()}
+    projection = shapes.get("cc_projection.weight")
+    if "input_blocks.0.0.weight" not in shapes or not projection:
+        raise InputError("--ckpt: neither ours nor zero123's: no UNet with a cc_projection in it")
+    width, channels = shapes["input_blocks.0.0.weight"][:2]
+    stages = 1 + count(shapes, r"input_blocks\.(\d+)\.0\.op")
+    blocks = count(shapes, r"output_blocks\.(\d+)") // stages - 1
+    first = [1 + stage * (blocks + 1) for stage in range(stages)]  # the first residual block of each stage
+    return dict(
+        cls_dim=projection[1] - 4,
+        context_dim=projection[0],
+        in_channels=channels,
+        out_channels=shapes["out.2.weight"][0],
+        model_channels=width,
+        channel_mult=tuple(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] // width for i in first),
+        num_res_blocks=blocks,
+        attention_resolutions=tuple(2**s for s, i in enumerate(first) if f"input_blocks.{i}.1.norm.weight" in shapes),
+    )
+
+
+def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None, vae: str | None = None):
+    """(model with EMA weights in eval mode, encoder, codec, meta) from --ckpt: ours, or a zero123 checkpoint."""
+    file = find_weights(path)
+    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
+    if meta:
+        tensors = read_tensors(file)
+        model = NovelViewModel(**meta["model"])
+        names = model.state_dict().keys()
+        try:
+            model.load_state_dict({k: v for k, v in tensors.items() if k in names})
+        except RuntimeError as error:
+            raise InputError(f"{file}: its weights do not fit its metadata ({one_line(error)})") from None
+        encoder = open_encoder(meta["encoder"], encoder_weights, tensors)
+        codec = open_codec(meta["codec"], vae)
+    else:
+        weights = read_weights(path)
+        model = NovelViewModel(**infer_args(weights))
+        load_pretrained(model, weights)
+        encoder = ImageEncoder(CLIP, encoder_weights or path, layers=())
+        codec = load_codec("sd", vae) if vae else load_autoencoder(weights)
+        meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec.spec()}
+    model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return model, encoder.to(device), codec.to(device, memory_format=torch.channels_last), meta

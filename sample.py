@@ -1,0 +1,295 @@
+"""Generate views of an object from one image of it: DDIM (Song et al. 2020a; equation 3) with classifier-free guidance.
+
+    python sample.py --ckpt runs/demo --image photo.png --azimuth 30 60 90 --device cpu     # a CPU, small model
+    python sample.py --ckpt runs/full --image photo.png --orbit 12                          # one GPU
+    python sample.py --ckpt runs/full --image photos/ --azimuth 90 --elevation 20 --steps 50 --scale 3
+
+Writes OUT/<image's name>/: input.png (what the model was shown), 000.png ... (a view a pose), grid.png, orbit.gif.
+Camera moves are relative to the input view: --azimuth turns the camera counter-clockwise about the object seen from
+above, --elevation moves it up, --distance away. --ckpt takes a run, a step folder or a weights file of any format that
+pretrained.py reads.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import pretrained
+from data import InputError
+from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
+from precompute_dino import autocast, encode, pick_device, write_atomically
+
+# ------------------------------------------------------------------------------------------------------------- DDIM
+
+
+def ddim_timesteps(steps: int) -> list[int]:
+    """`steps` timesteps, evenly spaced, noisiest first. Raises InputError unless 1 <= steps <= 1000.
+
+    Deviation: starts at 999, where the noise is strongest and sampling really starts; Zero-1-to-3 leaves it out.
+    """
+    if not 1 <= steps <= TIMESTEPS:
+        raise InputError(f"--steps {steps}: between 1 and {TIMESTEPS}")
+    return [round(TIMESTEPS * (1 - i / steps)) - 1 for i in range(steps)]
+
+
+def ddim_step(x_t, x0, eps, alpha_bar, alpha_bar_next, eta: float, noise) -> Tensor:
+    """Equation 3: from x_t to the next, less noisy latent, given the predicted x0 and eps; eta = 0 is deterministic.
+
+    Its alpha is the cumulative product alpha_bar; sigma is eta times the posterior's standard deviation.
+    """
+    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).clamp(min=0).sqrt()
+    direction = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * eps
+    return alpha_bar_next.sqrt() * x0 + direction + sigma * noise
+
+
+def guided_prediction(model: NovelViewModel, x_t: Tensor, t: Tensor, condition: dict, scale: float):
+    """(x0, eps) under classifier-free guidance: null + scale * (conditional - null), in one batch of twice the size."""
+    if scale == 1:
+        output = model(x_t, t, condition)
+    else:
+        twice = {key: torch.cat([value, value]) for key, value in condition.items()}
+        keep = torch.arange(2 * len(t), device=t.device) < len(t)
+        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), twice, keep_context=keep, keep_latent=keep)
+        conditional, null = output.float().chunk(2)
+        output = null + scale * (conditional - null)
+    return predicted_x0_eps(output, x_t, t, model.alpha_bar, model.prediction)
+
+
+@torch.no_grad()
+def ddim(
+    model: NovelViewModel,
+    condition: dict[str, Tensor],
+    generators: list[torch.Generator],
+    steps: int = 50,
+    eta: float = 1.0,
+    scale: float = 3.0,
+    precision: str = "fp32",
+    on_step=None,
+) -> Tensor:
+    """Sample target latents (B,C,H,W), unscaled by the codec's factor still: divide by codec.scale to decode.
+
+    condition: as NovelViewModel.forward takes it, B rows; generators: a CPU generator a sample, so that a sample does
+    not depend on its batch; on_step(i, x0) is called with each step's predicted x0.
+    """
+    device = condition["latent"].device
+
+    def noise() -> Tensor:
+        shape = condition["latent"].shape[1:]
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    timesteps = ddim_timesteps(steps)
+    x = noise()
+    for i, t in enumerate(timesteps):
+        with autocast(device, precision):
+            ts = torch.full((len(x),), t, device=device)
+            x0, eps = guided_prediction(model, x, ts, condition, scale)
+        if on_step:
+            on_step(i, x0)
+        if i + 1 == steps:
+            return x0
+        alpha_bar, alpha_bar_next = model.alpha_bar[t], model.alpha_bar[timesteps[i + 1]]
+        x = ddim_step(x, x0, eps, alpha_bar, alpha_bar_next, eta, noise() if eta else 0)
+
+
+# --------------------------------------------------------------------------------------- images and poses in, views out
+
+
+def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose draws depend on all the numbers given (seed, object, view, ...)."""
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+@torch.no_grad()
+def condition_on(image: Tensor, pose: Tensor, encoder, codec) -> dict[str, Tensor]:
+    """The model's condition from images (B,3,H,W) in [-1,1] and camera moves (B,4)."""
+    rows = encode(image, encoder, codec)
+    condition = {"latent": rows["latent_mean"], "cls": rows["cls"], "pose": pose}
+    if "patch" in rows:
+        condition["patch"] = rows["patch"]
+    return {key: value.float() for key, value in condition.items()}
+
+
+def decode(latent: Tensor, codec) -> Tensor:
+    """Latents as the UNet has them (B,C,h,w) -> images (B,3,H,W) in [-1,1]."""
+    with torch.no_grad():
+        return codec.decode(latent.float() / codec.scale).clamp(-1, 1)
+
+
+def camera_moves(azimuth: list[float], elevation: list[float], distance: list[float]) -> Tensor:
+    """Poses (N,4) from degrees, degrees and scene units; a list of one goes with every entry of the others.
+
+    Raises InputError when the lists' lengths disagree.
+    """
+    n = max(len(azimuth), len(elevation), len(distance))
+    moves = []
+    for flag, values in (("azimuth", azimuth), ("elevation", elevation), ("distance", distance)):
+        if len(values) not in (1, n):
+            raise InputError(f"--{flag}: {len(values)} values where another flag has {n}; give 1 or {n}")
+        moves.append(values * n if len(values) == 1 else values)
+    rows = [[-math.radians(e), math.sin(math.radians(a)), math.cos(math.radians(a)), d]
+            for a, e, d in zip(*moves, strict=True)]  # fmt: skip
+    return torch.tensor(rows)
+
+
+def load_photo(path: Path, size: int) -> Tensor:
+    """An image of any shape and mode as the model takes it (3,size,size): composited on white and padded square."""
+    return data.load_image(path, size, pad=True)[0]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3,H,W) in [-1,1] -> an RGB picture."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
+    """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
+    height, width = (n * scale for n in rows[0][0].shape[-2:])
+    gap, top = 4, 18
+    size = (gap + (width + gap) * len(rows[0]), top + (height + gap) * len(rows))
+    canvas = Image.new("RGB", size, (235, 235, 235))
+    draw = ImageDraw.Draw(canvas)
+    for j, label in enumerate(labels):
+        draw.text((gap + j * (width + gap) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma",
+                  font=ImageFont.load_default(11))  # fmt: skip
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            picture = to_pil(image).resize((width, height), Image.NEAREST)
+            canvas.paste(picture, (gap + j * (width + gap), top + i * (height + gap)))
+    return canvas
+
+
+def save_picture(path: Path, picture: Image.Image, **options) -> None:
+    """PNG or GIF, by the path's suffix. Raises InputError naming the path when it can't be written."""
+    write_atomically(path, lambda temporary: picture.save(temporary, format=path.suffix[1:], **options))
+
+
+def save_gif(path: Path, images: Tensor, seconds: float = 0.15) -> None:
+    """An endless animation of images (N,3,H,W) in [-1,1]."""
+    frames = [to_pil(image) for image in images]
+    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0)
+
+
+def add_sampler_flags(group) -> None:
+    """Flags shared by sample.py, evaluate.py and train.py's previews."""
+    group.add_argument("--steps", type=int, default=50, help="DDIM steps (figure 1: 200; Zero-1-to-3's demo: 75)")
+    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
+    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
+    group.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def add_checkpoint_flags(group) -> None:
+    """Flags that open a checkpoint, shared by sample.py and evaluate.py."""
+    group.add_argument("--ckpt", required=True, help="a run, a step folder, or a weights file")
+    group.add_argument("--encoder_weights", help="the image encoder's weights, where the checkpoint's are elsewhere")
+    group.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, else fp32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    group = parser.add_argument_group("model")
+    add_checkpoint_flags(group)
+    group = parser.add_argument_group("views")
+    group.add_argument("--image", required=True, help="an image, or a folder of images")
+    group.add_argument("--azimuth", type=float, nargs="+", default=[0.0], help="degrees, counter-clockwise from above")
+    group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
+    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change of the camera's distance")
+    group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
+    group = parser.add_argument_group("sampler")
+    add_sampler_flags(group)
+    group.add_argument("--batch_size", type=int, default=16, help="views at a time")
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", default="out/samples", help="folder to write")
+    group.add_argument("--save_x0", type=int, default=0, metavar="N", help="also save N predicted x0 a view (figure 1)")
+    args = parser.parse_args()
+    data.require_positive(args, "batch_size", "steps")
+
+    if args.orbit:
+        args.azimuth = [360 * i / args.orbit for i in range(args.orbit)]
+    poses = camera_moves(args.azimuth, args.elevation, args.distance)
+    paths = list_photos(args.image)
+    device = pick_device(args.device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
+
+    with tqdm(total=len(paths) * args.steps * -(-len(poses) // args.batch_size), unit="step") as bar:
+        for path in paths:
+            bar.set_description(path.name)
+            folder = Path(args.out) / path.stem
+            image = load_photo(path, meta["image_size"])
+            views, trajectory = sample_views(image, poses, model, encoder, codec, args, bar)
+            write_views(folder, image, views, trajectory, args)
+    print(f"{len(paths) * len(poses)} view(s) in {args.out}/" + (f"{paths[0].stem}/" if len(paths) == 1 else ""))
+
+
+def list_photos(path: str) -> list[Path]:
+    """The image, or a folder's images by name. Raises InputError naming --image."""
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"--image {path}: no such file or folder")
+    suffixes = (".png", ".jpg", ".jpeg", ".webp")
+    photos = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
+    if not photos:
+        raise InputError(f"--image {path}: no {', '.join(suffixes)} in it")
+    return photos
+
+
+def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, bar=None) -> tuple[Tensor, list[Tensor]]:
+    """Views (N,3,H,W) of an image (3,H,W) from poses (N,4), and args.save_x0 predicted x0 along the way, each alike.
+
+    View i's noise depends on (args.seed, i) alone.
+    """
+    device = next(model.parameters()).device
+    saved = {round(i) for i in np.linspace(0, args.steps - 1, args.save_x0)} if args.save_x0 else set()
+    views, trajectories = [], []
+    once = condition_on(image[None].to(device), poses[:1].to(device), encoder, codec)
+    for first in range(0, len(poses), args.batch_size):
+        pose = poses[first : first + args.batch_size].to(device)
+        condition = {key: value.expand(len(pose), *value.shape[1:]) for key, value in once.items()} | {"pose": pose}
+        trajectory = []
+
+        def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
+            if i in saved:
+                trajectory.append(decode(x0, codec).cpu())
+            if bar is not None:
+                bar.update()
+
+        generators = [seeded(args.seed, first + i) for i in range(len(pose))]
+        latent = ddim(model, condition, generators, args.steps, args.eta, args.scale, args.precision, on_step)
+        views.append(decode(latent, codec).cpu())
+        trajectories.append(trajectory)
+    return torch.cat(views), [torch.cat(step) for step in zip(*trajectories, strict=True)]
+
+
+def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
+    """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0_%03d.png: a row a view, steps left to right."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror}") from None
+    save_picture(folder / "input.png", to_pil(image))
+    for i, view in enumerate(views):
+        save_picture(folder / f"{i:03d}.png", to_pil(view))
+    labels = (
+        [f"{a:.0f}" for a in args.azimuth] if len(args.azimuth) == len(views) else [str(i) for i in range(len(views))]
+    )
+    save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
+    if len(views) > 1:
+        save_gif(folder / "orbit.gif", views)
+    if trajectory:
+        rows = [list(view_steps) for view_steps in torch.stack(trajectory, dim=1)]
+        save_picture(folder / "x0.png", labelled_grid(rows, [f"{i + 1}" for i in range(len(trajectory))]))
+
+
+if __name__ == "__main__":
+    data.run_script(main)

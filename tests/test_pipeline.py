@@ -1,0 +1,348 @@
+"""Archive, training, sampling: what must hold between the scripts. They run for real, on a tiny tree of shapes."""
+
+import argparse
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import FROZEN, ROOT, SMALL, call, script
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import precompute_dino
+import pretrained
+import sample
+import train
+from data import InputError
+from model import noise_schedule, q_sample
+
+TRAIN = [*SMALL, "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3, "--val_every", 3]
+TRAIN += ["--preview_every", 0]
+
+
+def weights(run, step=6):
+    return load_file(run / f"step_{step:07d}" / "model.safetensors")
+
+
+def log_lines(run):
+    """log.jsonl without what depends on the clock."""
+    clocked = ("seconds", "samples_per_second", "tflops", "peak_memory_gb")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clocked} for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------------- archive
+
+
+def test_archive_holds_what_the_encoders_give_online(tree, archive):
+    meta = data.read_manifest(archive)
+    encoder = pretrained.open_encoder(meta["encoder"], tensors=load_file(archive / "frozen.safetensors"))
+    codec = pretrained.open_codec(meta["codec"])
+    shard = load_file(archive / "00000.safetensors")
+    assert shard["view_offset"].tolist() == list(range(0, 49, 4))
+    for row, name, view in ((0, "00000", 0), (47, "00011", 3), (18, "00004", 2)):
+        image, alpha = data.load_image(tree / name / f"{view:03d}.png", 32)
+        online = precompute_dino.encode(image[None], encoder, codec)
+        for key, value in online.items():
+            torch.testing.assert_close(shard[key][row].float(), value[0], atol=2e-3, rtol=2e-3)
+        np.testing.assert_allclose(shard["pose"][row], data.read_pose(tree / name / f"{view:03d}.npy"), atol=1e-6)
+        assert shard["alpha"][row].float().mean() / 255 == pytest.approx(alpha.mean().item(), abs=3e-3)
+
+
+def test_features_are_normalised_layer_by_layer(archive):
+    patch = load_file(archive / "00000.safetensors")["patch"].float().unflatten(-1, (2, 192))
+    torch.testing.assert_close(patch.mean(-1), torch.zeros(patch.shape[:-1]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(patch.var(-1, correction=0), torch.ones(patch.shape[:-1]), atol=2e-2, rtol=0)
+
+
+def test_archiving_resumes_and_rank_count_changes_nothing(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_OBJECTS", 5)
+    flags = ["--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32"]
+    call(precompute_dino, *flags)
+    shards = sorted((tmp_path / "a").glob("0*.safetensors"))
+    before = {path.name: path.read_bytes() for path in shards}
+    assert len(before) == 3
+    kept = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    call(precompute_dino, *flags)
+    assert shards[0].stat().st_mtime_ns == kept
+    assert {path.name: path.read_bytes() for path in shards} == before
+    assert len(data.Archive(tmp_path / "a", "train")) == 9 and len(data.Archive(tmp_path / "a", "val")) == 3
+
+
+def test_torchrun_archives_the_same(tree, archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    (tmp_path / "a" / "00000.safetensors").unlink()
+    script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0,
+           "--precision", "fp32", nproc=2)  # fmt: skip
+    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (archive, tmp_path / "a"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_fp8_and_pca(tree, archive, tmp_path):
+    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
+         "--patch_dtype", "fp8", "--pca", 64)  # fmt: skip
+    compact = load_file(tmp_path / "a" / "00000.safetensors")["patch"]
+    assert compact.dtype == torch.float8_e4m3fn and compact.shape[2] == 64
+    # The encoder drew other random weights here: compare with its own features.
+    encoder = pretrained.open_encoder(
+        data.read_manifest(tmp_path / "a")["encoder"], tensors=load_file(tmp_path / "a" / "frozen.safetensors")
+    )
+    image, _ = data.load_image(tree / "00002" / "001.png", 32)
+    exact = encoder(image[None])[1][0]
+    assert (compact[9].float() - exact).norm() / exact.norm() < 0.04  # e4m3 has 3 bits of mantissa
+    call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN)
+    assert weights(tmp_path / "run")["unet.amalgamation.weight"].shape[1] == 64
+
+
+def test_pairs_are_distinct_deterministic_and_cover_an_epoch():
+    counts = np.array([4, 2, 12, 3])
+    draws = [data.locate(position, 0, counts) for position in range(400)]
+    assert draws == [data.locate(position, 0, counts) for position in range(400)]
+    assert all(cond != target and max(cond, target) < counts[index] for index, cond, target in draws)
+    assert all(sorted(index for index, _, _ in draws[e : e + 4]) == [0, 1, 2, 3] for e in range(0, 400, 4))
+    assert len({draw[1:] for draw in draws if draw[0] == 2}) > 40  # of 132 ordered pairs, 100 drawn
+    assert draws != [data.locate(position, 1, counts) for position in range(400)]
+
+
+def test_a_process_reads_its_slice_of_the_global_batch():
+    whole = sum(data.batch_positions(3, 5, 1, 8, 0, 1), [])
+    assert whole == list(range(24, 40))
+    for accumulate, world in ((2, 1), (1, 2), (2, 2)):
+        batch = 8 // (accumulate * world)
+        parts = [list(data.batch_positions(3, 5, accumulate, batch, rank, world)) for rank in range(world)]
+        assert sorted(sum((sum(part, []) for part in parts), [])) == whole
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def test_learning_rate_and_ema_by_hand():
+    args = argparse.Namespace(lr=1e-4, lr_min=1e-5, warmup=200, steps=30_000, lr_schedule="cosine")
+    rates = [train.learning_rate(step, args) for step in (0, 99, 199, 200, 15_100, 30_000)]
+    assert rates == pytest.approx([5e-7, 5e-5, 1e-4, 1e-4, 5.5e-5, 1e-5])
+    args.lr_schedule = "constant"
+    assert train.learning_rate(29_999, args) == 1e-4
+    assert train.ema_decay(0, 0.9999) == 0.1 and train.ema_decay(89, 0.9999) == 90 / 99
+    assert train.ema_decay(10**6, 0.9999) == 0.9999
+
+
+def test_ema_follows_the_raw_weights(run, archive, tmp_path):
+    """One step from the checkpoint at 3, by hand: decay 4/13 of the old average, 9/13 of the new weights."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step_0000006")
+    call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN, "--save_every", 1, "--keep", 9)
+    before, after = weights(run, 3), weights(tmp_path / "run", 4)
+    raw = torch.load(tmp_path / "run" / "step_0000004" / "state.pt", weights_only=True)["model"]
+    name = "unet.middle_block.0.in_layers.2.weight"
+    torch.testing.assert_close(after[name], before[name] * 4 / 13 + raw[name] * 9 / 13)
+
+
+def test_resuming_is_bit_for_bit(run, archive, tmp_path):
+    """Training 3 + 3 steps equals training 6: weights, EMA, log."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step_0000006")
+    (tmp_path / "run" / "log.jsonl").open("a").write('{"step": 9, "loss": 0}\n{"step": 4, "lo')  # lines to be dropped
+    call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN)
+    ours, theirs = weights(run), weights(tmp_path / "run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert log_lines(run) == log_lines(tmp_path / "run")
+    states = [torch.load(r / "step_0000006" / "state.pt", weights_only=True) for r in (run, tmp_path / "run")]
+    for name in states[0]["model"]:
+        assert torch.equal(states[0]["model"][name], states[1]["model"][name])
+
+
+@pytest.mark.parametrize("batch, accumulate, nproc", [(8, 1, 0), (2, 2, 2)])
+def test_the_split_of_a_global_batch_changes_only_rounding(run, archive, tmp_path, batch, accumulate, nproc):
+    script("train", "--archive", archive, "--out", tmp_path / "run", *TRAIN, "--batch_size", batch,
+           "--accumulate", accumulate, nproc=nproc)  # fmt: skip
+    losses = [[line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    held_out = [[line["val_loss"] for line in log_lines(r) if "val_loss" in line] for r in (run, tmp_path / "run")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+
+
+def test_online_training_equals_training_from_the_archive(run, tree, archive, tmp_path):
+    """With the archive's own random encoder given by file; the rest is fp16 rounding."""
+    tensors = load_file(archive / "frozen.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k.removeprefix("encoder."): v for k, v in tensors.items()}, tmp_path / "vit.safetensors")
+    frozen = [tmp_path / "vit.safetensors" if flag == "random" else flag for flag in FROZEN]
+    call(train, "--online", "--data", tree, *frozen, "--out", tmp_path / "run", *TRAIN)
+    losses = [[line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_log_and_preview(run):
+    lines = log_lines(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
+    assert steps[-1]["samples"] == 48 and len(steps[-1]["loss_by_t"]) == 10
+    assert 1 < Image.open(run / "previews" / "step_0000006.png").width < 1000
+    assert (run / "latest").read_text() == "step_0000006"
+
+
+@pytest.mark.parametrize("changes", [
+    ["--t_sampling", "gaussian"], ["--t_sampling", "gaussian", "--t_mean", 300], ["--prediction", "eps"],
+    ["--no-amalgamate"], ["--cond_dropout", 0.3], ["--cc_lr", 10], ["--lr_schedule", "constant"], ["--clip", 0.01],
+    ["--weight_decay", 0.5], ["--seed", 1], ["--ema", 0.2], ["--precision", "bf16"], ["--lr_min", 1e-3],
+    ["--t_sampling", "gaussian", "--t_std", 400], ["--warmup", 3], ["--attention", 1], ["--lr", 1e-4],
+])  # fmt: skip
+def test_every_training_flag_changes_the_result(run, archive, tmp_path, changes):
+    call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN, *changes, "--val_every", 0, "--log_every", 6)
+    ours, theirs = weights(run), weights(tmp_path / "run")
+    names = ours.keys() & theirs.keys()
+    assert ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in names)
+
+
+@pytest.mark.parametrize("name", ["data", "precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
+def test_every_flag_has_help_and_is_used(name):
+    """No flag that does nothing: each is read as args.FLAG, somewhere in the root."""
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    text = (ROOT / f"{name}.py").read_text()
+    for flag, rest in re.findall(r'add_argument\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
+        assert "help=" in rest, f"{name}.py --{flag} has no help"
+        assert re.search(rf"\bargs\.{flag}\b|\"{flag}\"", source.replace(f'"--{flag}"', "")), f"--{flag} is not used"
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
+    """A model that knows x0 answers with the noise that x_t then holds; every sampler must end at x0."""
+    x0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alpha_bar = noise_schedule(prediction)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x_t, t, condition, keep_context=None, keep_latent=None):
+            ab = alpha_bar[t][:, None, None, None]
+            noise = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
+            return noise if prediction == "eps" else ab.sqrt() * noise - (1 - ab).sqrt() * x0
+
+    oracle = Oracle()
+    oracle.alpha_bar, oracle.prediction = alpha_bar, prediction
+    generators = [sample.seeded(0, i) for i in range(2)]
+    found = sample.ddim(oracle, {"latent": x0}, generators, steps=20, eta=eta, scale=1.0)
+    torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_step_keeps_the_marginal():
+    """From q(x_t | x0), a step with eta = 1 lands in q(x_s | x0): mean and variance, by a million draws."""
+    generator = torch.Generator().manual_seed(0)
+    alpha_bar = noise_schedule()
+    x0, noise, fresh = torch.full((1, 1, 1000, 1000), 0.7), *torch.randn(2, 1, 1, 1000, 1000, generator=generator)
+    x_t = q_sample(x0, torch.tensor([600]), noise, alpha_bar)
+    x_s = sample.ddim_step(x_t, x0, noise, alpha_bar[600], alpha_bar[300], 1.0, fresh)
+    assert x_s.mean().item() == pytest.approx(0.7 * alpha_bar[300].sqrt().item(), abs=3e-3)
+    assert x_s.std().item() == pytest.approx((1 - alpha_bar[300]).sqrt().item(), abs=3e-3)
+
+
+def test_ddim_timesteps():
+    assert sample.ddim_timesteps(1) == [999] and sample.ddim_timesteps(4) == [999, 749, 499, 249]
+    assert sample.ddim_timesteps(1000) == list(range(999, -1, -1))
+
+
+def test_camera_moves_are_relative_poses():
+    """The move that --azimuth, --elevation, --distance name is the relative pose of a camera so moved."""
+    theta, phi, radius = 1.2, 0.4, 1.8
+    moved = data.look_at(theta - np.radians(20), phi + np.radians(30), radius + 0.1)
+    pose = data.relative_pose(data.look_at(theta, phi, radius), moved)
+    torch.testing.assert_close(sample.camera_moves([30.0], [20.0], [0.1])[0], pose, atol=1e-6, rtol=1e-6)
+
+
+def test_sample_script(run, tree, tmp_path):
+    image = tree / "00011" / "000.png"
+    flags = ["--ckpt", run, "--steps", 3, "--device", "cpu"]
+    call(sample, *flags, "--image", image, "--orbit", 4, "--out", tmp_path / "a", "--save_x0", 2)
+    call(sample, *flags, "--image", image, "--orbit", 4, "--out", tmp_path / "b", "--batch_size", 3)
+    folders = [tmp_path / which / "000" for which in "ab"]
+    views = [[np.asarray(Image.open(f / f"{i:03d}.png"), float) for i in range(4)] for f in folders]
+    assert np.abs(np.array(views[0]) - np.array(views[1])).max() <= 1  # batches change nothing but rounding
+    assert np.abs(views[0][0] - views[0][1]).max() > 0
+    assert Image.open(folders[0] / "orbit.gif").n_frames == 4
+    for name in ("input.png", "grid.png"):
+        Image.open(folders[0] / name).verify()
+    call(sample, *flags, "--image", tree / "00011", "--azimuth", 10, 20, "--elevation", 5, "--out", tmp_path / "c")
+    assert len(list((tmp_path / "c").glob("*/001.png"))) == 4
+    call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "d")
+    assert np.abs(np.asarray(Image.open(tmp_path / "d" / "000" / "000.png"), float) - views[0][0]).max() > 0
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def spoil(tree, tmp_path, what):
+    """A copy of the tree with one thing wrong, and what the error must name."""
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    image, pose = root / "00001" / "002.png", root / "00001" / "002.npy"
+    if what == "truncated":
+        image.write_bytes(image.read_bytes()[:200])
+    elif what == "nan":
+        np.save(pose, np.full((3, 4), np.nan))
+    elif what == "shape":
+        np.save(pose, np.eye(4))
+    elif what == "empty":
+        shutil.rmtree(root)
+        root.mkdir()
+        return root, str(root)
+    return root, str(image if what == "truncated" else pose)
+
+
+@pytest.mark.parametrize("what", ["truncated", "nan", "shape", "empty"])
+@pytest.mark.parametrize("reader", ["archive", "online"])
+def test_a_bad_file_is_named(tree, tmp_path, what, reader):
+    root, named = spoil(tree, tmp_path, what)
+    flags = ["--data", root, *FROZEN, "--workers", 0]
+    with pytest.raises(InputError, match=re.escape(named)):
+        if reader == "archive":
+            call(precompute_dino, *flags, "--archive", tmp_path / "a")
+        else:
+            call(train, "--online", *flags, "--out", tmp_path / "run", *TRAIN, "--steps", 20)
+
+
+def test_skip_bad_counts_and_names(tree, tmp_path, capsys):
+    root, named = spoil(tree, tmp_path, "truncated")
+    flags = ["--data", root, *FROZEN, "--workers", 0, "--precision", "fp32", "--skip_bad"]
+    call(precompute_dino, *flags, "--archive", tmp_path / "a")
+    assert "skipped 1 " in (printed := capsys.readouterr().out) and named in printed
+    offsets = load_file(tmp_path / "a" / "00000.safetensors")["view_offset"].tolist()
+    assert offsets[:4] == [0, 4, 7, 11]
+
+
+def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_path):
+    """Each: a script, its arguments, what its one line must hold."""
+    lonely = tmp_path / "lonely"
+    shutil.copytree(tree / "00000", lonely / "a", ignore=lambda *_: ["001.png", "002.png", "003.png"])
+    not_one = tmp_path / "not.safetensors"
+    not_one.write_bytes(b"no checkpoint" * 99)
+    image = tree / "00000" / "000.png"
+    online = ["--online", "--data", lonely, *FROZEN, "--val_fraction", 0]
+    new = ["--data", tree, "--archive", tmp_path / "b"]
+    cases = [
+        ("train", [*online, "--out", tmp_path / "r", *SMALL], "a: 1 complete view"),
+        ("precompute_dino", ["--data", tree, "--archive", archive, *FROZEN, "--encoder_size", 32], "--encoder_size 32"),
+        ("sample", ["--ckpt", not_one, "--image", image], "not.safetensors"),
+        ("sample", ["--ckpt", tmp_path / "none", "--image", image], "none"),
+        ("sample", ["--ckpt", run, "--image", image, "--device", "cuda"], "--device cuda"),
+        ("sample", ["--ckpt", run, "--image", image, "--azimuth", 1, 2, "--elevation", 1, 2, 3], "--azimuth"),
+        ("precompute_dino", [*new, "--codec", "pixels", "--encoder", "vit_nonesuch"], "vit_nonesuch"),
+        ("precompute_dino", [*new, "--codec", "pixels"], "--weights"),
+        ("precompute_dino", new, "--vae"),
+        ("train", ["--archive", tmp_path, "--out", tmp_path / "r"], "manifest.json"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--width", 64, "--batch_size", 4], "--width"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--batch_size", 5], "--batch_size 5"),
+    ]  # fmt: skip
+    for name, argv, named in cases:
+        done = script(name, *argv, check=False)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1 and len(errors) == 1, (name, argv, done.stderr[-2000:])
+        assert named in errors[0] and "Traceback" not in done.stderr, (name, argv, done.stderr[-2000:])

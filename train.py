@@ -1,0 +1,522 @@
+"""Train Efficient-3DiM (Jiang et al., ICLR 2024; sections 3 and A.1), or its Zero-1-to-3 baseline.
+
+    python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 --res_blocks 1 \
+        --attention 1 2 --heads 4 --context_dim 128 --prediction v --t_sampling uniform --steps 200 --batch_size 32 \
+        --accumulate 1 --precision fp32                                                     # a CPU, a minute
+    python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --batch_size 192 --accumulate 8
+    torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full
+
+Rerunning a command resumes it. Everything random of a step comes from (seed, step) for the whole global batch, of which
+each process takes its slice: restarts, world size and accumulation change nothing but rounding.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import pretrained
+import sample
+from data import InputError
+from model import (
+    TIMESTEPS,
+    NovelViewModel,
+    condition_dropout,
+    diffusion_loss,
+    q_sample,
+    sample_timesteps,
+)
+from precompute_dino import add_encoder_flags, autocast, encode, open_frozen, pick_device, write_atomically
+
+BINS = 10  # of the loss by timestep
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
+    group.add_argument("--online", action="store_true", help="no archive: encode --data's images as training goes")
+    group.add_argument("--data", help="with --online: renders in Zero-1-to-3's layout")
+    group.add_argument(
+        "--skip_bad", action="store_true", help="with --online: pass over unreadable objects, and say so"
+    )
+    group.add_argument("--workers", type=int, default=4, help="processes that read data, a rank")
+    group = parser.add_argument_group("what is frozen (read from the archive's manifest without --online)")
+    add_encoder_flags(group)
+
+    group = parser.add_argument_group("model (defaults: Stable Diffusion 1.x)")
+    group.add_argument("--init", help="weights to start from: Stable Diffusion, Zero-1-to-3 or ours; a file, folder or "
+                       "hub name; none: from scratch")  # fmt: skip
+    group.add_argument("--width", type=int, default=320, help="the UNet's channels at full resolution")
+    group.add_argument("--channel_mult", type=int, nargs="+", default=[1, 2, 4, 4], help="their multiple a stage")
+    group.add_argument("--res_blocks", type=int, default=2, help="residual blocks a stage")
+    group.add_argument(
+        "--attention", type=int, nargs="*", default=[1, 2, 4], help="downsampling factors with attention"
+    )
+    group.add_argument("--heads", type=int, default=8, help="attention heads")
+    group.add_argument("--context_dim", type=int, default=768, help="width of the context token")
+    group.add_argument("--amalgamate", action=flag, default=True, help="add patch features to the UNet's encoder (3.3)")
+    group.add_argument("--checkpointing", action=flag, default=False, help="recompute blocks in backward, for memory")
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--prediction", choices=["eps", "v"], default="eps", help="eps: the paper's (eq. 2); v: ours, "
+                       "for training from scratch")  # fmt: skip
+    group.add_argument("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="of timesteps (3.2); "
+                       "from scratch take uniform")  # fmt: skip
+    group.add_argument("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
+    group.add_argument("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
+    group.add_argument("--cond_dropout", type=float, default=0.05, help="p: the context is dropped for 2p of the "
+                       "samples, the condition latent for 2p, both for p (Zero-1-to-3's)")  # fmt: skip
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
+    group.add_argument("--batch_size", type=int, default=48, help="samples a process and micro-batch (A.1)")
+    group.add_argument("--accumulate", type=int, default=4, help="micro-batches a step (A.1; on 8 GPUs 1536 samples)")
+    group.add_argument("--lr", type=float, default=1e-4, help="base learning rate (A.1)")
+    group.add_argument("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
+    group.add_argument(
+        "--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after warm-up (3.4, A.1)"
+    )
+    group.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
+    group.add_argument("--cc_lr", type=float, default=1, help="cc_projection's learning rate over --lr (Zero-1-to-3: "
+                       "10; the paper is silent)")  # fmt: skip
+    group.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; ours)")
+    group.add_argument(
+        "--ema", type=float, default=0.9999, help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)"
+    )
+
+    group = parser.add_argument_group("system")
+    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="mixed precision (3.4: "
+                       "16-bit)")  # fmt: skip
+    group.add_argument("--compile", action=flag, default=False, help="torch.compile the UNet's blocks")
+    group.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--seed", type=int, default=0, help="of initialisation, data order and noise")
+
+    group = parser.add_argument_group("logging")
+    group.add_argument("--out", required=True, help="run folder: log.jsonl, step_*/, previews/, latest")
+    group.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
+    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
+    group.add_argument("--keep", type=int, default=2, help="newest checkpoints kept")
+    group.add_argument("--val_every", type=int, default=1000, help="steps between held-out losses; 0: none")
+    group.add_argument("--val_pairs", type=int, default=256, help="held-out pairs in it")
+    group.add_argument("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
+    args = parser.parse_args()
+
+    data.require_positive(args, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "heads",
+                          "width", "res_blocks", "t_std", "lr", "context_dim")  # fmt: skip
+    if args.online == bool(args.archive) or args.online != bool(args.data):
+        raise InputError("give either --archive, or --online with --data")
+    if not 0 <= args.cond_dropout <= 1 / 3:
+        raise InputError(f"--cond_dropout {args.cond_dropout}: between 0 and 1/3")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then half a period of a cosine from lr to lr_min (A.1), of a step counted from 0."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.lr_schedule == "constant":
+        return args.lr
+    progress = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(step: int, cap: float) -> float:
+    """Zero-1-to-3's (LDM's) warm-up of the EMA, counted in optimiser steps from 0."""
+    return min(cap, (1 + step) / (10 + step))
+
+
+def step_draws(seed: int, step: int, global_batch: int, shape: tuple, device: torch.device) -> tuple[Tensor, ...]:
+    """Everything random of an optimiser step, for the whole global batch, from (seed, step).
+
+    (u_t, u_drop, noise, posterior): u (G,) float64 uniform on [0, 1), the others (G, *shape) float32 normal. Drawn on
+    the device: CPUs and GPUs draw differently.
+    """
+    generator = sample.seeded(seed, step, device=device)
+    uniform = torch.rand(2, global_batch, generator=generator, device=device, dtype=torch.float64)
+    normal = torch.randn(2, global_batch, *shape, generator=generator, device=device)
+    return *uniform, *normal
+
+
+def binned(losses: Tensor, t: Tensor) -> Tensor:
+    """(2 BINS,) float64: the sum of losses (B,) whose timesteps (B,) fall in each bin, and their number."""
+    member = F.one_hot(t * BINS // TIMESTEPS, BINS).double()
+    return torch.cat([losses.double() @ member, member.sum(0)])
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB, of the device or, on the CPU, of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def flops_per_sample(model: NovelViewModel, condition: dict[str, Tensor]) -> int:
+    """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
+    shadow = copy.deepcopy(model).to("meta")
+    one = {key: value[:1].to("meta", torch.float32) for key, value in condition.items()}
+    with FlopCounterMode(display=False) as counter:
+        shadow(one["latent"], torch.zeros(1, device="meta"), one)
+    return 3 * counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------- data and the model
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size), joining torchrun's process group where there is one."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def open_data(args, device: torch.device):
+    """(training set, held-out set, prepare, frozen): `prepare` turns a set's batch into what the model takes.
+
+    frozen: the specs of encoder and codec and what a checkpoint keeps of them; see pretrained.save_model.
+    """
+    if args.online:
+        encoder, codec = open_frozen(args, device)
+        names = data.list_objects(args.data)
+        train, val = (data.split_objects(names, args.val_fraction, split) for split in ("train", "val"))
+        train_set = data.ImagePairs(args.data, train, args.image_size, args.seed, args.skip_bad)
+        val_set = data.ImagePairs(args.data, val, args.image_size, 0, args.skip_bad)
+        frozen = {"encoder": encoder.spec(), "codec": codec.spec(), "tensors": pretrained.own_tensors(encoder)}
+        frozen |= {"image_size": args.image_size, "val_fraction": args.val_fraction}
+    else:
+        train_set = data.Archive(args.archive, "train", args.seed)
+        val_set = data.Archive(args.archive, "val", seed=0)
+        keys, file = ("encoder", "codec", "image_size", "val_fraction"), Path(args.archive) / "frozen.safetensors"
+        frozen = {key: train_set.manifest[key] for key in keys} | {"tensors": load_file(file) if file.exists() else {}}
+    if not len(train_set):
+        raise InputError(f"{args.archive or args.data}: no training object with two views")
+
+    def prepare(batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(target's posterior mean, its log-variance, condition), on the device."""
+        if args.online:
+            with autocast(device, args.precision):
+                images = torch.cat([batch["target"], batch["cond"]]).to(device, non_blocking=True)
+                rows = encode(images, encoder, codec)
+            target, cond = ({key: value.chunk(2)[i] for key, value in rows.items()} for i in (0, 1))
+            batch = cond | {"target_mean": target["latent_mean"], "target_logvar": target["latent_logvar"],
+                            "latent": cond["latent_mean"], "pose": batch["pose"]}  # fmt: skip
+        move = {key: value.to(device, non_blocking=True).float() for key, value in batch.items()}
+        return move.pop("target_mean"), move.pop("target_logvar"), move
+
+    return train_set, val_set, prepare, frozen
+
+
+def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
+    """The model that the flags and the frozen encoders' shapes ask for. Raises InputError naming the flag."""
+    encoder, channels = frozen["encoder"], frozen["codec"]["channels"]
+    torch.manual_seed(args.seed)
+    try:
+        return NovelViewModel(
+            cls_dim=encoder["cls_dim"],
+            prediction=args.prediction,
+            in_channels=2 * channels,
+            out_channels=channels,
+            model_channels=args.width,
+            channel_mult=tuple(args.channel_mult),
+            num_res_blocks=args.res_blocks,
+            attention_resolutions=tuple(args.attention),
+            num_heads=args.heads,
+            context_dim=args.context_dim,
+            feature_dim=encoder["feature_dim"] if args.amalgamate else 0,
+            feature_tokens=encoder["tokens"],
+            latent_size=latent_size,
+            checkpointing=args.checkpointing,
+        )
+    except ValueError as error:
+        raise InputError(f"--width, --channel_mult, --heads or --image_size: {error}") from None
+
+
+@torch.no_grad()
+def held_out_loss(models: list[NovelViewModel], val_set, prepare, args, scale: float, rank: int, world: int) -> Tensor:
+    """Mean loss (models, BINS) on --val_pairs fixed pairs at the middle timestep of each bin, with fixed noise.
+
+    Uniform over t whatever training samples, so that runs compare. Reads nothing that training draws.
+    """
+    device = models[0].alpha_bar.device
+    total = torch.zeros(len(models), BINS, dtype=torch.float64, device=device)
+    mine = list(range(rank, args.val_pairs, world))
+    for first in range(0, len(mine), args.batch_size):
+        positions = mine[first : first + args.batch_size]
+        mean, _, condition = prepare(val_set[positions])
+        generators = [sample.seeded(0, position) for position in positions]
+        for b in range(BINS):
+            noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(device)
+            t = torch.full((len(mean),), (2 * b + 1) * TIMESTEPS // (2 * BINS), device=device)
+            for row, model in zip(total, models, strict=True):
+                model.eval()
+                with autocast(device, args.precision):
+                    output = model(q_sample(scale * mean, t, noise, model.alpha_bar), t, condition)
+                row[b] += diffusion_loss(output, scale * mean, noise, t, model.alpha_bar, args.prediction).sum()
+    if world > 1:
+        dist.all_reduce(total)
+    models[0].train()
+    return total / args.val_pairs
+
+
+def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, args) -> None:
+    """A grid of held-out pairs: condition | target | the EMA model's sample."""
+    mean, _, condition = prepare(val_set[list(range(8))])
+    generators = [sample.seeded(0, i) for i in range(8)]
+    views = sample.decode(sample.ddim(model, condition, generators, precision=args.precision), codec)
+    shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
+    path.parent.mkdir(exist_ok=True)
+    rows = [list(row) for row in zip(*shown, views, strict=True)]
+    sample.save_picture(path, sample.labelled_grid(rows, ["condition", "target", "sample"]))
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+FIXED = ("width", "channel_mult", "res_blocks", "attention", "heads", "context_dim", "amalgamate", "prediction", "seed")
+
+
+def save_checkpoint(out: Path, step: int, state: dict, ema: NovelViewModel, frozen: dict, keep: int) -> None:
+    """RUN/step_*/ with model.safetensors (EMA) and state.pt (what resuming takes); appears whole or not at all."""
+    folder, temporary = out / f"step_{step:07d}", out / f".step_{step:07d}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        meta = {key: value for key, value in frozen.items() if key != "tensors"}
+        meta |= {key: state[key] for key in ("step", "seconds", "args")}
+        pretrained.save_model(temporary / "model.safetensors", ema, meta, frozen["tensors"])
+        torch.save(state, temporary / "state.pt")
+        for file in temporary.iterdir():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
+    write_atomically(out / "latest", lambda path: path.write_text(folder.name))
+    for old in sorted(out.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
+    """(state, EMA weights) of the newest readable checkpoint; an unreadable one is named and passed over."""
+    folders = sorted(out.glob("step_*"), reverse=True)
+    for folder in folders:
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            return state, load_file(folder / "model.safetensors")
+        except Exception as error:  # whatever a torn file makes of torch.load
+            print(f"{folder}: unreadable ({type(error).__name__}), trying the one before it")
+    if folders:
+        raise InputError(f"--out {out}: none of its {len(folders)} checkpoints is readable")
+    return None
+
+
+def match_flags(args, saved: dict, world: int) -> None:
+    """Hold the flags against those that the run was started with: recompute accumulation, say what changed."""
+    changed = {k: (saved[k], v) for k, v in vars(args).items() if k in saved and saved[k] != v}
+    if refused := [k for k in changed if k in FIXED]:
+        raise InputError(f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change")
+    if saved["global_batch"] % (args.batch_size * world):
+        raise InputError(f"--batch_size {args.batch_size} on {world} process(es) does not divide the run's "
+                         f"global batch of {saved['global_batch']}")  # fmt: skip
+    accumulate = saved["global_batch"] // (args.batch_size * world)
+    if accumulate != args.accumulate:
+        changed["accumulate"] = (args.accumulate, accumulate)
+        args.accumulate = accumulate
+    for key, (old, new) in changed.items():
+        print(f"resuming with --{key} {new} (was {old})")
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop log lines beyond the step resumed from, and a torn last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world = distributed()
+    device = pick_device(args.device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+
+    # data, model, EMA, optimiser
+    train_set, val_set, prepare, frozen = open_data(args, device)
+    scale = frozen["codec"]["scale"]
+    example = prepare(train_set[[0]])
+    latent_shape = example[0].shape[1:]
+    model = build_model(args, frozen, latent_shape[-1])
+    resumed = newest_checkpoint(out)
+    if args.init and not resumed:
+        pretrained.load_pretrained(model, pretrained.read_weights(args.init))
+    model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    cc = list(model.cc_projection.parameters())
+    unet = [p for p in model.unet.parameters() if p.requires_grad]
+    groups = [{"params": unet, "multiple": 1.0}, {"params": cc, "multiple": args.cc_lr}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    flops = flops_per_sample(model, example[2])
+
+    # resume
+    codec = None  # opened for the first preview
+    start, seconds, window = 0, 0.0, torch.zeros(2 * BINS, dtype=torch.float64, device=device)
+    if resumed:
+        state, weights = resumed
+        match_flags(args, state["args"], world)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict({k: v for k, v in weights.items() if k in state["model"]})
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, seconds = state["step"], state["seconds"]
+        window += state["window"].to(device) if rank == 0 else 0
+        del state, weights, resumed
+    global_batch = args.batch_size * args.accumulate * world
+
+    if args.compile:
+        model.unet.compile()  # in place: no _orig_mod in parameter names
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    positions = list(data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world))
+    pin = device.type == "cuda"
+    loader = torch.utils.data.DataLoader(train_set, None, sampler=positions, num_workers=args.workers, pin_memory=pin)
+    batches = iter(loader)
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
+    log_path = out / "log.jsonl"
+    if rank == 0:
+        trim_log(log_path, start)
+        tqdm.write(f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} objects, "
+                   f"{global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; steps {start} to {args.steps}")
+
+    def log(record: dict) -> None:
+        if rank == 0:
+            with open(log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    due = lambda every, done: every and (done % every == 0 or done == args.steps)  # noqa: E731
+    mark, marked = start, seconds  # step and seconds of the last log line
+    clock = time.perf_counter()
+    for step in range(start, args.steps):
+        # ------------------------------------------------------------------- one optimiser step: this is the method
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["multiple"]
+        draws = step_draws(args.seed, step, global_batch, latent_shape, device)
+        for micro in range(args.accumulate):
+            first = (micro * world + rank) * args.batch_size
+            u_t, u_drop, noise, posterior = (d[first : first + args.batch_size] for d in draws)
+            mean, logvar, condition = prepare(next(batches))
+            x0 = scale * (mean + (0.5 * logvar).exp() * posterior)  # a sample of the codec's posterior, scaled
+            t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
+            keep_context, keep_latent = condition_dropout(u_drop, args.cond_dropout)
+            wrapped.require_backward_grad_sync = micro == args.accumulate - 1  # DDP's no_sync
+            with autocast(device, args.precision):
+                output = wrapped(q_sample(x0, t, noise, model.alpha_bar), t, condition, keep_context, keep_latent)
+                losses = diffusion_loss(output, x0, noise, t, model.alpha_bar, args.prediction)
+            scaler.scale(losses.mean() / args.accumulate).backward()
+            window += binned(losses.detach(), t)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, args.ema))
+        # ---------------------------------------------------------------------------------------------------------
+        done = step + 1
+        bar.update()
+        log_due, val_due = due(args.log_every, done), due(args.val_every, done) and len(val_set)
+        save_due, preview_due = due(args.save_every, done), due(args.preview_every, done) and len(val_set)
+        if not (log_due or val_due or preview_due or save_due):
+            continue
+
+        if log_due or save_due:
+            total = window.clone()
+            if world > 1:
+                dist.all_reduce(total)
+        if log_due:
+            window.zero_()
+            sums, counts = total.view(2, BINS).tolist()  # waits for the device
+            seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            rate = (done - mark) * global_batch / (seconds - marked)
+            mark, marked = done, seconds
+            loss = sum(sums) / sum(counts)
+            log({"step": done, "seconds": round(seconds, 2), "samples": done * global_batch, "loss": loss,
+                 "loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)], "lr": lr,
+                 "grad_norm": float(norm), "samples_per_second": round(rate, 1),
+                 "tflops": round(rate * flops / 1e12, 3), "peak_memory_gb": peak_memory(device)})  # fmt: skip
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
+        seconds += time.perf_counter() - clock  # what follows is no training time
+        if val_due:
+            raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
+            log({"step": done, "seconds": round(seconds, 2), "samples": done * global_batch,
+                 "val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS,
+                 "val_loss_by_t": raw, "val_loss_ema_by_t": averages})  # fmt: skip
+        if preview_due and rank == 0:
+            codec = codec or pretrained.open_codec(frozen["codec"], args.vae).to(device)
+            save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
+        if save_due and rank == 0:
+            state = {"format": 1, "step": done, "seconds": seconds, "window": total * (not log_due),
+                     "args": vars(args) | {"global_batch": global_batch}, "model": model.state_dict(),
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}  # fmt: skip
+            save_checkpoint(out, done, state, ema, frozen, args.keep)
+        clock = time.perf_counter()
+    bar.close()
+    if rank == 0:
+        print(f"{args.steps} steps in {seconds:.0f} s of training; {out}/latest, {log_path}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run_script(main)
