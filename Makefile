@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 		--precision fp32 --val_every 250 --preview_every 500 --save_every 250 --workers 1
 	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00639/000.png --orbit 12 --scale 1 --out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif
-	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --scale 1 --steps 20 \
+	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --scale 1 --steps 20 --lpips none \
 		--grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
 	$(PYTHON) visualize.py curves $(DEMO) --out $(DEMO)/loss
 	@echo "look at: $(DEMO)/samples.png $(DEMO)/orbit.gif $(DEMO)/loss.png $(DEMO)/log.jsonl"

@@ -50,6 +50,10 @@ def run_script(main):
         # A DataLoader re-raises its worker's error with the traceback as the message: the last line is the message.
         message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {str(error).splitlines()[0]}; was it killed, for want of memory say? Rerun to go on")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -79,8 +83,6 @@ def open_image(path: str | Path) -> Image.Image:
             if image.width * image.height <= MAX_PIXELS:
                 image.load()
                 return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
     raise InputError(f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)")
@@ -126,25 +128,22 @@ def read_pose(path: str | Path) -> np.ndarray:
     """npy -> world-to-camera (3,4) float64. InputError if unreadable, of another shape, not finite or not rigid."""
     try:
         pose = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # np.load raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable pose ({' '.join(str(error).split())})") from None
     if getattr(pose, "shape", None) != (3, 4) or pose.dtype.kind not in "fiu":
-        what = f"{pose.shape} of {pose.dtype}" if isinstance(pose, np.ndarray) else "an archive of arrays"
+        what = f"{pose.shape} of {pose.dtype}" if isinstance(pose, np.ndarray) else "several arrays"
         raise InputError(f"{path}: wrong-shaped pose ({what}, expected a real (3, 4))")
     pose = pose.astype(np.float64)
     if not np.isfinite(pose).all():
         raise InputError(f"{path}: NaN or infinity in pose")
-    rotation = pose[:, :3]
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
+    if np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3 or np.linalg.det(pose[:, :3]) < 0:
         raise InputError(f"{path}: pose is not a rigid motion (its left 3x3 is not a rotation)")
     return pose
 
 
 def camera_centre(w2c: torch.Tensor) -> torch.Tensor:
     """World-to-camera (...,3,4) = [A | b] -> camera centres -A^T b (...,3)."""
-    return -torch.einsum("...ij,...i->...j", w2c[..., :3], w2c[..., 3])
+    return torch.einsum("...ij,...i->...j", w2c[..., :3], -w2c[..., 3])
 
 
 def relative_pose(cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -198,21 +197,13 @@ def list_objects(root: str | Path) -> list[str]:
             raise InputError(f"{listed}: not readable as JSON ({error})") from None
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise InputError(f"{listed}: expected a flat list of folder names")
-        for name in names:
-            if os.path.isabs(name) or ".." in name.split("/"):
-                raise InputError(f"{listed}: {name!r} leads out of the folder")
-        twice = [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]
-        if twice:
+        if outside := [name for name in names if os.path.isabs(name) or ".." in name.split("/")]:
+            raise InputError(f"{listed}: {outside[0]!r} leads out of the folder")
+        if twice := [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]:
             raise InputError(f"{listed}: {twice[0]!r} is listed twice")
     else:
-        names = []
-        for folder, folders, files in os.walk(root, followlinks=True):
-            links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
-            loops = [f for f in links if Path(os.path.realpath(folder)).is_relative_to(Path(folder, f).resolve())]
-            folders[:] = [f for f in folders if f not in loops]
-            if _indexed(Path(folder), (".npy",), files):
-                names.append(os.path.relpath(folder, root))
-        names.sort()
+        walk = os.walk(root, followlinks=True)  # people collect objects by symbolic links
+        names = sorted(os.path.relpath(f, root) for f, _, files in walk if _indexed(Path(f), (".npy",), files))
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
     return names
@@ -242,46 +233,41 @@ NOTES = ("image without alpha", "nothing visible in image", "image not square", 
 SUMMARY = "an object is sound if it has two sound views or more, and all views that have image and pose are readable"
 
 
-def check_pose(pose: np.ndarray, tolerance_degrees: float = 5) -> str | None:
-    """The note that a rigid (3,4) deserves, if any. A world-to-camera's b is the origin seen from the camera: (0,0,-r).
+def check_pose(pose: np.ndarray, tolerance: float = 5) -> str | None:
+    """The note that a rigid (3,4) deserves, if any; tolerance in degrees.
 
-    Read as camera-to-world, the origin is seen at -A^T b instead. Half-turned about x, cameras have OpenCV's axes.
+    b, the origin seen from a world-to-camera, is (0,0,-r); read as camera-to-world, -A^T b is. OpenCV's is (0,0,r).
     """
-    off_axis = [math.degrees(math.atan2(math.hypot(*v[:2]), -v[2])) for v in (pose[:, 3], -pose[:, :3].T @ pose[:, 3])]
-    if off_axis[0] <= tolerance_degrees:
-        return None
-    return NOTES[3] if off_axis[1] <= tolerance_degrees else NOTES[4 if off_axis[0] >= 180 - tolerance_degrees else 5]
+    w2c, c2w = (math.degrees(math.atan2(math.hypot(x, y), -z)) for x, y, z in (pose[:, 3], -pose[:, 3] @ pose[:, :3]))
+    return None if w2c <= tolerance else NOTES[3 if c2w <= tolerance else 4 if w2c >= 180 - tolerance else 5]
 
 
 def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int, bool]:
     """-> name, [(finding, path)], number of sound views, whether the object is sound."""
-    folder, findings, n_sound, unreadable = Path(root, name), [], 0, False
+
+    def check_image(path):
+        image = open_image(path)
+        low, high = image.convert("RGBA").getchannel("A").getextrema()
+        return [n for n, so in zip(NOTES, (low == 255, high == 0, image.width != image.height), strict=False) if so]
+
+    folder, findings, n_sound, n_bad = Path(root, name), [], 0, 0
     try:
         images, poses = _indexed(folder, IMAGE_EXTENSIONS), _indexed(folder, (".npy",))
     except OSError:
         return name, [("missing folder", str(folder))], 0, False
-    for index in sorted(images.keys() | poses.keys()):
-        if index not in poses or index not in images:
-            findings.append(("missing pose", images[index]) if index in images else ("missing image", poses[index]))
-            continue
-        errors = []
-        try:
-            image = open_image(images[index])
-            low, high = image.convert("RGBA").getchannel("A").getextrema()
-            seen = (low == 255 and NOTES[0], high == 0 and NOTES[1], image.width != image.height and NOTES[2])
-            findings += [(note, images[index]) for note in seen if note]
-        except InputError as error:
-            errors.append((images[index], error))
-        try:
-            note = check_pose(read_pose(poses[index]))
-            findings += [(note, poses[index])] if note else []
-        except InputError as error:
-            errors.append((poses[index], error))
-        findings += [(str(error).removeprefix(f"{path}: ").split(" (")[0], path) for path, error in errors]
-        n_sound, unreadable = n_sound + (not errors), unreadable or bool(errors)
-    if n_sound < 2:
-        findings.append(("fewer than two sound views", folder))
-    return name, [(kind, str(path)) for kind, path in findings], n_sound, n_sound >= 2 and not unreadable
+    findings += [("missing pose", path) for index, path in images.items() if index not in poses]
+    findings += [("missing image", path) for index, path in poses.items() if index not in images]
+    for index in sorted(images.keys() & poses.keys()):
+        bad = False
+        for path, test in ((images[index], check_image), (poses[index], lambda p: [check_pose(read_pose(p))])):
+            try:
+                findings += [(note, path) for note in test(path) if note]
+            except InputError as error:
+                findings.append((str(error).removeprefix(f"{path}: ").split(" (")[0], path))
+                bad = True
+        n_sound, n_bad = n_sound + (not bad), n_bad + bad
+    findings += [("fewer than two sound views", folder)] if n_sound < 2 else []
+    return name, [(kind, str(path)) for kind, path in findings], n_sound, n_sound >= 2 and not n_bad
 
 
 def check(root: Path, workers: int) -> int:
@@ -296,12 +282,10 @@ def check(root: Path, workers: int) -> int:
             counts[kind] += 1
             first[kind] += [path] if len(first[kind]) < 3 else []
     print(f"{root}: {len(names)} objects, {len(sound)} of them sound; {views} sound views")
-    for title, chosen in (("defect", counts.keys() - set(NOTES)), ("note", counts.keys() & set(NOTES))):
-        for kind in sorted(chosen, key=counts.get, reverse=True):
-            print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{', ...' * (counts[kind] > 3)})")
-    if (root / "valid_paths.json").exists():
-        print("valid_paths.json is left as it is")
-    elif sound:
+    for kind in sorted(counts, key=lambda kind: (kind in NOTES, -counts[kind])):
+        title, more = "note" if kind in NOTES else "defect", ", ..." * (counts[kind] > 3)
+        print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{more})")
+    if not (root / "valid_paths.json").exists() and sound:
         write_list(root, sound)
         print(f"wrote valid_paths.json with {len(sound)} objects")
     return sum(count for kind, count in counts.items() if kind not in NOTES)
@@ -317,15 +301,16 @@ def write_list(root: Path, names: list[str]):
 
 
 # ---- shapes: procedural objects --------------------------------------------------------------------------------------
-# K primitives, all of one formula: the distance to a box of half-edges (hx,hy,hz), rounded by `rounding`, whose hx grows
-# by `slope` per unit of z (wedges, cones); over local (x,y,z), or (rho - ring,.,z) where ring >= 0 (solids of revolution).
+# K primitives, all of one formula: the distance to a box of half-edges (hx,hy,hz), rounded by `rounding`, whose hx
+# grows by `slope` per unit of z (wedges, cones), over local (x,y,z), or (rho - ring,y,z) where ring >= 0 (revolved).
 # Primitive 0 is the body, the next are added to it, and those marked `cut`, which come last, carve it.
+KINDS = ("sphere", "box", "pillow", "wedge", "capsule", "cylinder", "cone", "torus", "tube")  # bodies, cuts: first six
 
 
-def make_primitive(kind: str, size: float, rng: np.random.Generator) -> dict:
+def make_primitive(kind: str, size: float, rng: np.random.Generator, plain: float = 0.2) -> dict:
     """A primitive about `size` in half-extent at the origin, with random proportions and texture."""
     a, b = rng.uniform(0, 1, 2)
-    ring, hx, hy, hz, rounding, slope = {
+    geometry = {  # ring, hx, hy, hz, rounding, slope; hy = 9 where y bounds nothing
         "sphere": (-1, 0, 0, 0, 0.9, 0),
         "box": (-1, 0.5 + 0.5 * a, 0.8, 0.5 + 0.5 * b, 0.02, 0),
         "pillow": (-1, 0.3 + 0.4 * a, 0.5, 0.3 + 0.4 * b, 0.3, 0),
@@ -336,16 +321,15 @@ def make_primitive(kind: str, size: float, rng: np.random.Generator) -> dict:
         "torus": (0.6 + 0.2 * a, 0, 9, 0, 0.2 + 0.15 * b, 0),
         "tube": (0.55 + 0.2 * a, 0.12, 9, 0.25 + 0.4 * b, 0.03, 0),
     }[kind]
-    geometry = np.array([ring, hx, hy, hz, rounding, slope]) * [size, size, size, size, size, 1]
     # A colour for each of the six local directions, or the parity of floor(local * frequency) chooses one of two:
     # frequency 0 gives a plain colour, a tiny one two halves, one axis stripes, three axes checks.
-    style = rng.choice(["faces", "halves", "stripes", "checks", "plain"], p=[0.35, 0.25, 0.15, 0.1, 0.15])
-    frequency = {"halves": 1e-3, "stripes": 3, "plain": 0}.get(style, 2.5) * np.eye(3)[rng.integers(3)]
-    frequency = np.full(3, 2.5) if style == "checks" else frequency
-    hues = rng.uniform() + rng.permutation(6) / 6
-    palette = [colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.55, 1), rng.uniform(0.7, 1)) for hue in hues]
-    return {"geometry": geometry, "frequency": frequency / size, "faces": style == "faces", "palette": palette,
-            "rotation": np.eye(3), "centre": np.zeros(3), "cut": False}  # fmt: skip
+    style = rng.choice(["faces", "halves", "stripes", "checks", "plain"], p=[0.55 - plain, 0.2, 0.15, 0.1, plain])
+    axis = np.eye(3)[rng.integers(3)]
+    frequency = {"halves": 1e-3 * axis, "stripes": 3 * axis, "checks": np.full(3, 2.5)}.get(style, np.zeros(3))
+    hues = (rng.uniform() + rng.permutation(6) / 6) % 1
+    palette = [colorsys.hsv_to_rgb(hue, rng.uniform(0.55, 1), rng.uniform(0.7, 1)) for hue in hues]
+    return {"geometry": np.array(geometry) * [*[size] * 5, 1], "rotation": np.eye(3), "centre": np.zeros(3),
+            "cut": False, "frequency": frequency / size, "faces": style == "faces", "palette": palette}  # fmt: skip
 
 
 def pack(primitives: list[dict], device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -355,45 +339,38 @@ def pack(primitives: list[dict], device: str = "cpu") -> dict[str, torch.Tensor]
 
 
 def make_object(rng: np.random.Generator) -> list[dict]:
-    """A body, two to five parts on its surface, up to two cuts: longest bounding-box edge 1, centred (cuts ignored)."""
-
-    def frame(out):  # a random rotation that turns `out` into z
-        q = np.linalg.qr(np.stack([out, *rng.normal(size=(2, 3))], axis=1))[0].T
-        return np.stack([q[1] * np.linalg.det(np.stack([q[1], q[2], out])), q[2], out])
-
-    kinds = ["sphere", "box", "pillow", "wedge", "capsule", "cylinder", "cone", "torus", "tube"]
-    body, n_parts, n_cuts = make_primitive(rng.choice(kinds[:6]), 1, rng), rng.integers(2, 5), rng.integers(0, 3)
-    primitives, directions = [body], rng.permutation(np.concatenate([np.eye(3), -np.eye(3)]))
-    for i, out in enumerate([np.eye(3)[2], *directions[: n_parts + n_cuts]]):
-        out = out + rng.normal(0, 0.15, 3)
-        out, size = out / np.linalg.norm(out), rng.uniform(0.3, 0.6)
-        if i == 0:
-            body["rotation"] = frame(out)
-            continue
-        part = make_primitive(rng.choice(kinds if i <= n_parts else kinds[:6]), size, rng)
+    """A body, two to four parts on its surface, up to two cuts: longest bounding-box edge 1, centred (cuts ignored)."""
+    body, n_parts, n_cuts = make_primitive(rng.choice(KINDS[:6]), 1, rng, 0.05), rng.integers(2, 5), rng.integers(0, 3)
+    primitives, sides = [], rng.permutation(np.concatenate([np.eye(3), -np.eye(3)]))
+    for i, out in enumerate([np.eye(3)[2], *sides[: n_parts + n_cuts]]):
+        # Local z points outwards, give or take, but rings stand on their rim, with x outwards.
+        q = np.linalg.qr(np.stack([out + rng.normal(0, 0.15, 3), *rng.normal(size=(2, 3))], axis=1))[0].T
+        out, size = q[0] * np.sign(q[0] @ out), rng.uniform(0.3, 0.6)
+        part = make_primitive(rng.choice(KINDS if i <= n_parts else KINDS[:6]), size, rng) if i else body
         ring, hx, _, hz, rounding, _ = part["geometry"]
-        part["rotation"], part["cut"] = np.roll(frame(out), ring > 0, axis=0), i > n_parts  # rings stand on their rim
-        reach, along = (ring + hx if ring > 0 else hz) + rounding, torch.tensor(3.0)
-        solid = pack([body])
-        for _ in range(16):  # from outside to the body's surface, not past its centre
-            along = (along - distance(solid, along * torch.tensor(out[:, None]).float())[0]).clamp(min=0)
-        part["centre"] = out * (along.item() + reach * (0 if part["cut"] else rng.uniform(0.4, 0.85)))
+        frame = np.stack([q[1] * np.linalg.det(np.stack([q[1], q[2], out])), q[2], out])  # a rotation
+        part["rotation"], part["cut"] = np.roll(frame, ring > 0, axis=0), i > n_parts
+        if i:
+            along, ray, solid = torch.tensor(3.0), torch.tensor(out[:, None]).float(), pack([body])
+            for _ in range(16):  # from outside to the body's surface, not past its centre
+                along = (along - distance(solid, along * ray)[0]).clamp(min=0)
+            reach = 0 if part["cut"] else rng.uniform(0.4, 0.85) * ((ring + hx if ring > 0 else hz) + rounding)
+            part["centre"] = out * (along.item() + reach)
         primitives.append(part)
 
-    ring, hx, hy, hz, rounding, slope = np.stack([p["geometry"] for p in primitives[: n_parts + 1]], axis=1)[..., None]
-    ax, ay, az = np.stack([p["rotation"] for p in primitives[: n_parts + 1]], axis=1)  # world axes, local components
-
-    def reach(sign):  # support function along the three world axes, the larger of the two ends in z: (K,3)
-        ends = [(hx + slope * z) * np.where(ring >= 0, np.hypot(ax, ay), np.abs(ax))
-                + np.where(ring >= 0, ring * np.hypot(ax, ay), hy * np.abs(ay)) + sign * z * az for z in (-hz, hz)]  # fmt: skip
-        return np.maximum(*ends) + rounding
-
-    centres = np.stack([p["centre"] for p in primitives[: n_parts + 1]])
-    high, low = (centres + reach(1)).max(0), (centres - reach(-1)).min(0)
+    # Bounds: each primitive's support along the world's axes (K,3), at either end of its z.
+    solids = primitives[: n_parts + 1]
+    ring, hx, hy, hz, rounding, slope = np.stack([p["geometry"] for p in solids], axis=1)[..., None]
+    ax, ay, az = np.stack([p["rotation"] for p in solids], axis=1)
+    reach = [np.where(ring >= 0, (ring + hx + slope * z) * np.hypot(ax, ay), (hx + slope * z) * abs(ax) + hy * abs(ay))
+             for z in (hz, -hz)]  # fmt: skip
+    centres, z = np.stack([p["centre"] for p in solids]), hz * az
+    high = (centres + np.maximum(reach[0] + z, reach[1] - z) + rounding).max(0)
+    low = (centres - np.maximum(reach[0] - z, reach[1] + z) - rounding).min(0)
     scale = 1 / (high - low).max()
     for p in primitives:
         p["centre"], p["frequency"] = (p["centre"] - (high + low) / 2) * scale, p["frequency"] / scale
-        p["geometry"] = p["geometry"] * [scale, scale, scale, scale, scale, 1]
+        p["geometry"] = p["geometry"] * [*[scale] * 5, 1]
     return primitives
 
 
@@ -402,7 +379,7 @@ def field(geometry: torch.Tensor, x: torch.Tensor, y: torch.Tensor, z: torch.Ten
     ring, hx, hy, hz, rounding, slope = geometry
     across = torch.where(ring >= 0, torch.hypot(x, y) - ring, x).abs()
     cosine = (1 + slope**2).rsqrt()
-    qx, qy, qz = (across - hx - slope * z) * cosine, y.abs() - hy, z.abs() - hz  # hy = 9: y does not bound a revolution
+    qx, qy, qz = (across - hx - slope * z) * cosine, y.abs() - hy, z.abs() - hz
     outside = (qx.relu() ** 2 + qy.relu() ** 2 + qz.relu() ** 2).sqrt()
     inside = torch.maximum(torch.maximum(qx, qy), qz).clamp(max=0)
     return (outside + inside - rounding) * (1 + slope.abs() * cosine).rsqrt()  # the factor: edges more obtuse than 90
@@ -418,32 +395,30 @@ def distance(shape: dict[str, torch.Tensor], points: torch.Tensor) -> tuple[torc
     return nearest, torch.where((index == 0) & (carver > 0), n_solid - 1 + carver, index), local
 
 
-def march(shape, origin, direction, t, far, cone: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sphere tracing of unit rays (3,N) from t (N,): -> t where they end, whether on the surface.
+def march(shape, origin, direction, t, far, cone: float, steps: int):
+    """Sphere tracing of rays (3,N) from t (N,), which it moves: whether each met the surface; those undecided (M,).
 
-    With cone > 0, the whole cone about a ray that is cone * t wide is free up to the t returned.
+    What a ray passes is free to a width of cone * t on either side; it meets what is within twice that.
     """
     active, hit = torch.arange(len(t), device=t.device), torch.zeros_like(t, dtype=torch.bool)
     for _ in range(steps):
         here, o, d = t[active], origin.index_select(1, active), direction.index_select(1, active)
         free = distance(shape, torch.addcmul(o, here, d))[0]
         hit[active] = free < 2 * cone * here
-        here = here + ((free - cone * here) / (1 + cone)).clamp(min=0)
-        t[active] = here
+        t[active] = here = here + ((free - cone * here) / (1 + cone)).clamp(min=0)
         active = active[~hit[active] & (here < far[active])]
         if not len(active):
             break
-    return t, hit, active
+    return hit, active
 
 
 def render(primitives: list[dict], w2c: torch.Tensor, size: int, light: np.ndarray, device: str = "cpu"):
-    """Objects and cameras (V,3,4) -> RGBA uint8 (V,size,size,4), straight alpha, and depth float16 (V,size,size).
+    """Cameras (V,3,4) -> numpy RGBA uint8 (V,size,size,4), straight alpha, and depth float16 (V,size,size).
 
     Five rays a pixel give colour and coverage; depth is along the optical axis at the pixel's centre, 0 for background.
     """
     shape, w2c, light = pack(primitives, device), w2c.to(device).float(), torch.tensor(light, device=device).float()
     pixel, centre, bound = 2 * TAN_HALF_FOV / size, camera_centre(w2c), 0.75**0.5  # objects lie in the unit cube
-    cone = pixel * 0.5**0.5  # half a pixel's diagonal: the radius at distance 1 of a cone that covers the pixel
 
     def rays(view, y, x):  # view (P,), pixel coordinates (S,P) -> origins, unit directions (3,SP), cosines to the axis
         x, y = x * pixel - TAN_HALF_FOV, TAN_HALF_FOV - y * pixel
@@ -455,25 +430,24 @@ def render(primitives: list[dict], w2c: torch.Tensor, size: int, light: np.ndarr
     pixels = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (len(w2c), size, size)))
     dx, dy = torch.tensor([[0, 1, 3, -1, -3], [0, 3, -1, -3, 1]], device=device)[..., None] / 8  # centre, rotated grid
     for view, y, x in (chunk.unbind(1) for chunk in pixels.split(1 << 16)):
+        # First a cone around each pixel, to its first touch of the object; its five rays need only start from there.
         origin, direction, _ = rays(view, y[None] + 0.5, x[None] + 0.5)
-        r = origin.norm(dim=0)
-        t, near, unsure = march(shape, origin, direction, r - bound, r + bound, cone, steps=24)
-        near[unsure] = True
-        view, y, x, t, far = view[near], y[near], x[near], t[near].repeat(5), (r[near] + bound).repeat(5)
+        t, far = origin.norm(dim=0) - bound, origin.norm(dim=0) + bound
+        near, undecided = march(shape, origin, direction, t, far, pixel * 0.5**0.5, steps=24)  # half its diagonal
+        near[undecided] = True
+        view, y, x, t, far = view[near], y[near], x[near], t[near].repeat(5), far[near].repeat(5)
         origin, direction, cosine = rays(view, y + 0.5 + dy, x + 0.5 + dx)  # (3,5P)
-        t, hit, _ = march(shape, origin, direction, t, far, 0.02 * pixel, steps=48)
+        hit, _ = march(shape, origin, direction, t, far, pixel * 0.02, steps=48)
 
-        points = (origin + t * direction)[:, hit]  # (3,H)
-        _, index, local = distance(shape, points)
+        _, index, local = distance(shape, (origin + t * direction)[:, hit])
         local = local.gather(0, index.expand(1, 3, -1))[0]  # (3,H), in the frame of the nearest primitive
         taps = local[:, None] + 1e-3 * torch.cat([torch.eye(3), -torch.eye(3)], dim=1).to(device)[..., None]  # (3,6,H)
         ahead, behind = field(shape["geometry"].T[:, None, index], *taps).split(3)
         normal = torch.nn.functional.normalize(ahead - behind, dim=0)  # (3,H)
         lit = (normal * (shape["rotation"] @ light).T[:, index]).sum(0) * (1 - 2 * shape["cut"])[index]
         parity = (local * shape["frequency"].T[:, index]).floor().sum(0).long() % 2
-        largest = normal.abs().argmax(0)
-        facing = 2 * largest + (normal.gather(0, largest[None])[0] > 0)
-        colour = shape["palette"][index, torch.where(shape["faces"][index] > 0, facing, parity)]  # (H,3)
+        side = torch.cat([normal, -normal]).argmax(0)  # the local direction that the surface faces
+        colour = shape["palette"][index, torch.where(shape["faces"][index] > 0, side, parity)]  # (H,3)
         rgb = torch.zeros(len(t), 3, device=device)
         rgb[hit] = colour * (0.72 + 0.28 * lit)[:, None]  # wrapped Lambert, from .44 to 1: no side black
 
@@ -501,12 +475,14 @@ def write_object(out: Path, views: int, size: int, seed: int, device: str, digit
 
 def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int):
     """Writes a data set of procedural objects."""
+    if seed < 0:
+        raise InputError(f"--seed {seed}: must not be negative")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not an empty folder")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this machine has no CUDA device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA device")
     work = partial(write_object, out, views, size, seed, device, max(5, len(str(objects - 1))))
-    workers = 0 if device.startswith("cuda") else workers
+    workers = 0 if device == "cuda" else workers
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
     write_list(out, list(tqdm(loader, desc="shapes", unit="object")))
 
@@ -665,10 +641,13 @@ class Archive(torch.utils.data.Dataset):
         """Rows of one view of object `index`, each without its batch axis."""
         shard, start, _ = self.rows[index]
         path = shard_path(self.root, shard)
-        if shard not in self.handles:
-            self.handles[shard] = open_shard(path)
         try:
-            return {key: self.handles[shard].get_slice(key)[int(start) + view] for key in keys}
+            size = path.stat().st_size
+            handle, opened_size = self.handles.get(shard) or (open_shard(path), size)
+            if size != opened_size:  # to read a memory map beyond its file's end would kill the process
+                raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
+            self.handles[shard] = handle, opened_size
+            return {key: handle.get_slice(key)[int(start) + view] for key in keys}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
 
@@ -691,23 +670,13 @@ class Archive(torch.utils.data.Dataset):
 
 
 def main(argv: list[str] | None = None):
-    formatter = HelpFormatter
-    parser = argparse.ArgumentParser(description="Validate posed images, or make some up.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(description="Validate posed images, or make some up.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser(
-        "check",
-        formatter_class=formatter,
-        help="validate a tree",
-        description=f"Validates a tree; "
-        f"exit code 1 if it has defects. Writes valid_paths.json where there is none: {SUMMARY}.",
-    )
+    text = f"Validate a tree; exit code 1 if it has defects. Write its valid_paths.json if it has none: {SUMMARY}."
+    p = commands.add_parser("check", help="validate a tree", description=text, formatter_class=HelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
-    q = commands.add_parser(
-        "shapes",
-        formatter_class=formatter,
-        help="render procedural objects",
-        description="Renders procedural objects: RGBA, poses and depth.",
-    )
+    text = "Render procedural objects: RGBA, poses and depth."
+    q = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=HelpFormatter)
     q.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     q.add_argument("--objects", type=int, default=512, help="number of objects")
     q.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
@@ -715,14 +684,14 @@ def main(argv: list[str] | None = None):
     q.add_argument("--seed", type=int, default=0, help="object i depends on this and i only")
     q.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     for command in (p, q):
-        command.add_argument(
-            "--workers", type=int, default=min(os.cpu_count(), 16), help="CPU processes; 0: none beside"
-        )
-    args = vars(parser.parse_args(argv))
-    if args.pop("command") == "shapes":
-        shapes(**args)
-    elif check(args["data"], args["workers"]):
-        sys.exit(1)
+        command.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: must not be negative")
+    if args.command == "check":
+        sys.exit(int(check(args.data, args.workers) > 0))
+    require_positive(args, "objects", "views", "size")
+    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers)
 
 
 if __name__ == "__main__":

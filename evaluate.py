@@ -223,7 +223,7 @@ def main() -> None:
     group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
     group.add_argument("--split", choices=["val", "train", "all"], default="val", help="objects, in list order")
     group.add_argument("--val_fraction", type=float, help="share of objects held out; default: the checkpoint's")
-    group.add_argument("--protocol", choices=["pairs", "first"], default="pairs", help="random or first view first")
+    group.add_argument("--protocol", choices=["pairs", "first"], default="pairs", help="random, or first to all others")
     group.add_argument("--pairs", type=int, help="at most so many; default: one an object, or all of --protocol first")
     group.add_argument("--shuffled", action="store_true", help="also give the model other pairs' camera moves")
     group = parser.add_argument_group("sampler")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -106,15 +107,23 @@ def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[st
     return encoder.to(device), codec.to(device, memory_format=torch.channels_last)
 
 
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), flush to disk, rename: the file appears whole or not at all."""
+    """Call write(temporary path), flush to disk, rename: the file appears whole or not at all. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # safetensors and torch.save wrap a full disk in a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
         raise InputError(f"{path}: could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -273,9 +282,7 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
                 rows.append(encode_views(batch, encoder, codec, args, device))
             bar.update(len(batch["object"]))
         if not rows:
-            raise InputError(
-                f"--data {args.data}: no sound view from {members[shard][0]} to {members[shard][-1]}"
-            )
+            raise InputError(f"--data {args.data}: no sound view from {members[shard][0]} to {members[shard][-1]}")
         tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
         counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
         tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))

@@ -186,9 +186,9 @@ def add_sampler_flags(group) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
-def add_checkpoint_flags(group) -> None:
-    """Flags that open a checkpoint, shared by sample.py and evaluate.py."""
-    group.add_argument("--ckpt", required=True, help="a run, a step folder, or a weights file")
+def add_checkpoint_flags(group, nargs: str | None = None) -> None:
+    """Flags that open a checkpoint (or several, by nargs), shared by sample.py and evaluate.py."""
+    group.add_argument("--ckpt", required=True, nargs=nargs, help="a run, a step folder, or a weights file")
     group.add_argument("--encoder_weights", help="the image encoder's weights, where the checkpoint's are elsewhere")
     group.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")

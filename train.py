@@ -12,17 +12,21 @@ each process takes its slice: restarts, world size and accumulation change nothi
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
 import resource
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,88 +45,78 @@ from model import (
     q_sample,
     sample_timesteps,
 )
-from precompute_dino import add_encoder_flags, autocast, encode, open_frozen, pick_device, write_atomically
+from precompute_dino import add_encoder_flags, autocast, encode, flush, open_frozen, pick_device, write_atomically
 
 BINS = 10  # of the loss by timestep
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
-    flag = argparse.BooleanOptionalAction
+    toggle = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
-    group.add_argument("--online", action="store_true", help="no archive: encode --data's images as training goes")
-    group.add_argument("--data", help="with --online: renders in Zero-1-to-3's layout")
-    group.add_argument(
-        "--skip_bad", action="store_true", help="with --online: pass over unreadable objects, and say so"
+    flag = parser.add_argument_group("data").add_argument
+    flag("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
+    flag("--online", action="store_true", help="no archive: encode --data's images as training goes")
+    flag("--data", help="with --online: renders in Zero-1-to-3's layout")
+    flag("--skip_bad", action="store_true", help="with --online: pass over unreadable objects, and name them")
+    flag("--workers", type=int, default=4, help="processes that read data, a rank")
+    add_encoder_flags(parser.add_argument_group("what is frozen (without --online the archive's manifest says it)"))
+
+    flag = parser.add_argument_group("model (the defaults are Stable Diffusion 1.x)").add_argument
+    flag("--init", help="weights to start from, a file, folder or hub name: Stable Diffusion's, Zero-1-to-3's, ours")
+    flag("--width", type=int, default=320, help="the UNet's channels at full resolution")
+    flag("--channel_mult", type=int, nargs="+", default=[1, 2, 4, 4], help="their multiple a stage")
+    flag("--res_blocks", type=int, default=2, help="residual blocks a stage")
+    flag("--attention", type=int, nargs="*", default=[1, 2, 4], help="downsampling factors with attention")
+    flag("--heads", type=int, default=8, help="attention heads")
+    flag("--context_dim", type=int, default=768, help="width of the context token")
+    flag("--amalgamate", action=toggle, default=True, help="add patch features to the UNet's encoder (3.3)")
+    flag("--checkpointing", action=toggle, default=False, help="recompute blocks in backward, for memory")
+
+    flag = parser.add_argument_group("diffusion").add_argument
+    flag(
+        "--prediction", choices=["eps", "v"], default="eps", help="eps (eq. 2), or v (ours, for training from scratch)"
     )
-    group.add_argument("--workers", type=int, default=4, help="processes that read data, a rank")
-    group = parser.add_argument_group("what is frozen (read from the archive's manifest without --online)")
-    add_encoder_flags(group)
+    flag("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="3.2; from scratch take uniform")
+    flag("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
+    flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
+    flag("--cond_dropout", type=float, default=0.05, help="p: of the samples, 2p lose the context, 2p the condition "
+         "latent, p both (Zero-1-to-3's)")  # fmt: skip
 
-    group = parser.add_argument_group("model (defaults: Stable Diffusion 1.x)")
-    group.add_argument("--init", help="weights to start from: Stable Diffusion, Zero-1-to-3 or ours; a file, folder or "
-                       "hub name; none: from scratch")  # fmt: skip
-    group.add_argument("--width", type=int, default=320, help="the UNet's channels at full resolution")
-    group.add_argument("--channel_mult", type=int, nargs="+", default=[1, 2, 4, 4], help="their multiple a stage")
-    group.add_argument("--res_blocks", type=int, default=2, help="residual blocks a stage")
-    group.add_argument(
-        "--attention", type=int, nargs="*", default=[1, 2, 4], help="downsampling factors with attention"
-    )
-    group.add_argument("--heads", type=int, default=8, help="attention heads")
-    group.add_argument("--context_dim", type=int, default=768, help="width of the context token")
-    group.add_argument("--amalgamate", action=flag, default=True, help="add patch features to the UNet's encoder (3.3)")
-    group.add_argument("--checkpointing", action=flag, default=False, help="recompute blocks in backward, for memory")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
+    flag("--batch_size", type=int, default=48, help="samples a process and micro-batch (A.1)")
+    flag("--accumulate", type=int, default=4, help="micro-batches a step (A.1; on 8 GPUs 1536 samples)")
+    flag("--lr", type=float, default=1e-4, help="base learning rate (A.1)")
+    flag("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
+    flag("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after warm-up (3.4, A.1)")
+    flag("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
+    flag("--cc_lr", type=float, default=1, help="cc_projection's learning rate over --lr (Zero-1-to-3: 10)")
+    flag("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
+    flag("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; ours)")
+    flag("--ema", type=float, default=0.9999, help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)")
+    flag("--max_skips", type=int, default=10, help="non-finite gradients in a row that stop the run")
 
-    group = parser.add_argument_group("diffusion")
-    group.add_argument("--prediction", choices=["eps", "v"], default="eps", help="eps: the paper's (eq. 2); v: ours, "
-                       "for training from scratch")  # fmt: skip
-    group.add_argument("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="of timesteps (3.2); "
-                       "from scratch take uniform")  # fmt: skip
-    group.add_argument("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
-    group.add_argument("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
-    group.add_argument("--cond_dropout", type=float, default=0.05, help="p: the context is dropped for 2p of the "
-                       "samples, the condition latent for 2p, both for p (Zero-1-to-3's)")  # fmt: skip
+    flag = parser.add_argument_group("system").add_argument
+    flag("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="mixed precision (3.4: 16-bit)")
+    flag("--compile", action=toggle, default=False, help="torch.compile the UNet")
+    flag("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
+    flag("--device", default="auto", help="auto, cpu or cuda")
+    flag("--seed", type=int, default=0, help="of initialisation, data order and noise")
 
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
-    group.add_argument("--batch_size", type=int, default=48, help="samples a process and micro-batch (A.1)")
-    group.add_argument("--accumulate", type=int, default=4, help="micro-batches a step (A.1; on 8 GPUs 1536 samples)")
-    group.add_argument("--lr", type=float, default=1e-4, help="base learning rate (A.1)")
-    group.add_argument("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
-    group.add_argument(
-        "--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after warm-up (3.4, A.1)"
-    )
-    group.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
-    group.add_argument("--cc_lr", type=float, default=1, help="cc_projection's learning rate over --lr (Zero-1-to-3: "
-                       "10; the paper is silent)")  # fmt: skip
-    group.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; ours)")
-    group.add_argument(
-        "--ema", type=float, default=0.9999, help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)"
-    )
-
-    group = parser.add_argument_group("system")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="mixed precision (3.4: "
-                       "16-bit)")  # fmt: skip
-    group.add_argument("--compile", action=flag, default=False, help="torch.compile the UNet's blocks")
-    group.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    group.add_argument("--seed", type=int, default=0, help="of initialisation, data order and noise")
-
-    group = parser.add_argument_group("logging")
-    group.add_argument("--out", required=True, help="run folder: log.jsonl, step_*/, previews/, latest")
-    group.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
-    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-    group.add_argument("--keep", type=int, default=2, help="newest checkpoints kept")
-    group.add_argument("--val_every", type=int, default=1000, help="steps between held-out losses; 0: none")
-    group.add_argument("--val_pairs", type=int, default=256, help="held-out pairs in it")
-    group.add_argument("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--out", required=True, help="run folder: log.jsonl, step_*/, latest, previews/")
+    flag("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
+    flag("--save_every", type=int, default=1000, help="steps between checkpoints")
+    flag("--keep", type=int, default=2, help="newest checkpoints kept")
+    flag("--keep_every", type=int, default=0, help="checkpoints at multiples of this stay for good; 0: none")
+    flag("--val_every", type=int, default=1000, help="steps between held-out losses; 0: none")
+    flag("--val_pairs", type=int, default=256, help="held-out pairs in it")
+    flag("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
     args = parser.parse_args()
 
-    data.require_positive(args, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "heads",
-                          "width", "res_blocks", "t_std", "lr", "context_dim")  # fmt: skip
+    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr context_dim"
+    data.require_positive(args, *positive.split(), "max_skips", "val_pairs")
     if args.online == bool(args.archive) or args.online != bool(args.data):
         raise InputError("give either --archive, or --online with --data")
     if not 0 <= args.cond_dropout <= 1 / 3:
@@ -182,14 +176,28 @@ def flops_per_sample(model: NovelViewModel, condition: dict[str, Tensor]) -> int
     return 3 * counter.get_total_flops()
 
 
+def due(done: int, every: int, args) -> bool:
+    """Whether something that happens every so many steps happens after `done` of them; at the end it does."""
+    return every > 0 and (done % every == 0 or done == args.steps)
+
+
 # ---------------------------------------------------------------------------------------------- data and the model
+
+
+def agree(flag: bool, world: int) -> bool:
+    """Whether any rank's flag is set; over gloo, so that no GPU is waited for."""
+    if world == 1:
+        return flag
+    reduced = torch.tensor(int(flag))
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return bool(reduced)
 
 
 def distributed() -> tuple[int, int]:
     """(rank, world size), joining torchrun's process group where there is one."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -294,12 +302,13 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
+STATE_FORMAT = 1
 FIXED = ("width", "channel_mult", "res_blocks", "attention", "heads", "context_dim", "amalgamate", "prediction", "seed")
 
 
-def save_checkpoint(out: Path, step: int, state: dict, ema: NovelViewModel, frozen: dict, keep: int) -> None:
+def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, args) -> None:
     """RUN/step_*/ with model.safetensors (EMA) and state.pt (what resuming takes); appears whole or not at all."""
-    folder, temporary = out / f"step_{step:07d}", out / f".step_{step:07d}.tmp"
+    folder, temporary = out / f"step_{state['step']:07d}", out / ".step.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -307,17 +316,18 @@ def save_checkpoint(out: Path, step: int, state: dict, ema: NovelViewModel, froz
         meta |= {key: state[key] for key in ("step", "seconds", "args")}
         pretrained.save_model(temporary / "model.safetensors", ema, meta, frozen["tensors"])
         torch.save(state, temporary / "state.pt")
-        for file in temporary.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        for file in (*temporary.iterdir(), temporary):
+            flush(file)
+        shutil.rmtree(folder, ignore_errors=True)  # an unreadable one, passed over when resuming
         os.rename(temporary, folder)
-    except (OSError, RuntimeError) as error:
+        flush(out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
     write_atomically(out / "latest", lambda path: path.write_text(folder.name))
-    for old in sorted(out.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    for old in sorted(out.glob("step_*"))[: -args.keep]:
+        if not (args.keep_every and int(old.name[5:]) % args.keep_every == 0):
+            shutil.rmtree(old)
 
 
 def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
@@ -325,10 +335,14 @@ def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
     folders = sorted(out.glob("step_*"), reverse=True)
     for folder in folders:
         try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            if state["format"] != STATE_FORMAT:
+                raise InputError(f"{folder}: checkpoint format {state['format']}, this code reads {STATE_FORMAT}")
             return state, load_file(folder / "model.safetensors")
+        except InputError:
+            raise
         except Exception as error:  # whatever a torn file makes of torch.load
-            print(f"{folder}: unreadable ({type(error).__name__}), trying the one before it")
+            print(f"{folder}: unreadable ({type(error).__name__}), trying the one before it", file=sys.stderr)
     if folders:
         raise InputError(f"--out {out}: none of its {len(folders)} checkpoints is readable")
     return None
@@ -364,6 +378,30 @@ def trim_log(path: Path, step: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
+def lock(out: Path):
+    """Hold RUN/lock for as long as this process lives. Raises InputError where another job does."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"--out {out}: another job is training there") from None
+    return file
+
+
+def catch_signals() -> list[int]:
+    """SIGTERM, SIGUSR1 and SIGINT land in the list, for the loop to see; a second one stops the process at once."""
+    caught: list[int] = []
+
+    def handler(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 
 
@@ -378,6 +416,8 @@ def main() -> None:
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        held = lock(out) if rank == 0 else None  # noqa: F841 (closing it would let go)
+        (out / "preempted").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
 
@@ -394,16 +434,17 @@ def main() -> None:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    cc = list(model.cc_projection.parameters())
     unet = [p for p in model.unet.parameters() if p.requires_grad]
-    groups = [{"params": unet, "multiple": 1.0}, {"params": cc, "multiple": args.cc_lr}]
+    groups = [{"params": unet, "multiple": 1.0}, {"params": model.cc_projection.parameters(), "multiple": args.cc_lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     flops = flops_per_sample(model, example[2])
 
     # resume
     codec = None  # opened for the first preview
-    start, seconds, window = 0, 0.0, torch.zeros(2 * BINS, dtype=torch.float64, device=device)
+    start, seconds = 0, 0.0
+    window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
+    skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     if resumed:
         state, weights = resumed
         match_flags(args, state["args"], world)
@@ -412,6 +453,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, seconds = state["step"], state["seconds"]
+        skips += state["skips"].to(device)
         window += state["window"].to(device) if rank == 0 else 0
         del state, weights, resumed
     global_batch = args.batch_size * args.accumulate * world
@@ -420,30 +462,27 @@ def main() -> None:
         model.unet.compile()  # in place: no _orig_mod in parameter names
     wrapped = model
     if world > 1:
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     positions = list(data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world))
     pin = device.type == "cuda"
     loader = torch.utils.data.DataLoader(train_set, None, sampler=positions, num_workers=args.workers, pin_memory=pin)
     batches = iter(loader)
+    log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
-    log_path = out / "log.jsonl"
     if rank == 0:
         trim_log(log_path, start)
-        tqdm.write(f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} objects, "
-                   f"{global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; steps {start} to {args.steps}")
+        bar.write(
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} objects, "
+            f"{global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; steps {start} to {args.steps}"
+        )
 
     def log(record: dict) -> None:
         if rank == 0:
             with open(log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    due = lambda every, done: every and (done % every == 0 or done == args.steps)  # noqa: E731
+    caught = catch_signals()
     mark, marked = start, seconds  # step and seconds of the last log line
     clock = time.perf_counter()
     for step in range(start, args.steps):
@@ -455,7 +494,9 @@ def main() -> None:
         for micro in range(args.accumulate):
             first = (micro * world + rank) * args.batch_size
             u_t, u_drop, noise, posterior = (d[first : first + args.batch_size] for d in draws)
-            mean, logvar, condition = prepare(next(batches))
+            batch = next(batches)
+            bad += batch.pop("bad", [])
+            mean, logvar, condition = prepare(batch)
             x0 = scale * (mean + (0.5 * logvar).exp() * posterior)  # a sample of the codec's posterior, scaled
             t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
             keep_context, keep_latent = condition_dropout(u_drop, args.cond_dropout)
@@ -467,22 +508,28 @@ def main() -> None:
             window += binned(losses.detach(), t)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        overflow = ~norm.isfinite()
+        if not scaler.is_enabled():
+            optimizer.found_inf = overflow.float()  # fused AdamW then leaves the weights; nothing waits for the device
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, args.ema))
         # ---------------------------------------------------------------------------------------------------------
         done = step + 1
+        skips = torch.stack([(skips[0] + 1) * overflow, skips[1] + overflow])
+        stop = agree(bool(caught), world)
+        log_due = due(done, args.log_every, args)
+        val_due = due(done, args.val_every, args) and len(val_set)
+        preview_due = due(done, args.preview_every, args) and len(val_set)
+        save_due = due(done, args.save_every, args) or stop
         bar.update()
-        log_due, val_due = due(args.log_every, done), due(args.val_every, done) and len(val_set)
-        save_due, preview_due = due(args.save_every, done), due(args.preview_every, done) and len(val_set)
         if not (log_due or val_due or preview_due or save_due):
             continue
 
-        if log_due or save_due:
-            total = window.clone()
-            if world > 1:
-                dist.all_reduce(total)
+        total = window.clone()
+        if world > 1:
+            dist.all_reduce(total)
         if log_due:
             window.zero_()
             sums, counts = total.view(2, BINS).tolist()  # waits for the device
@@ -490,30 +537,40 @@ def main() -> None:
             clock = time.perf_counter()
             rate = (done - mark) * global_batch / (seconds - marked)
             mark, marked = done, seconds
-            loss = sum(sums) / sum(counts)
-            log({"step": done, "seconds": round(seconds, 2), "samples": done * global_batch, "loss": loss,
-                 "loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)], "lr": lr,
-                 "grad_norm": float(norm), "samples_per_second": round(rate, 1),
-                 "tflops": round(rate * flops / 1e12, 3), "peak_memory_gb": peak_memory(device)})  # fmt: skip
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
+            in_a_row, skipped = skips.tolist()
+            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
+            record |= {"loss": sum(sums) / sum(counts), "lr": lr, "grad_norm": float(norm), "skipped": skipped}
+            record |= {"loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)]}
+            record |= {"samples_per_second": round(rate, 1), "tflops": round(rate * flops / 1e12, 3)}
+            log(record | {"peak_memory_gb": peak_memory(device)})
+            bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
+            if in_a_row >= args.max_skips:
+                raise InputError(f"{out}: the gradient was not finite {in_a_row} steps in a row, up to step {done}")
+            if bad:
+                bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")
         seconds += time.perf_counter() - clock  # what follows is no training time
         if val_due:
             raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
-            log({"step": done, "seconds": round(seconds, 2), "samples": done * global_batch,
-                 "val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS,
-                 "val_loss_by_t": raw, "val_loss_ema_by_t": averages})  # fmt: skip
+            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
+            record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
+            log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
         if preview_due and rank == 0:
             codec = codec or pretrained.open_codec(frozen["codec"], args.vae).to(device)
             save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
         if save_due and rank == 0:
-            state = {"format": 1, "step": done, "seconds": seconds, "window": total * (not log_due),
-                     "args": vars(args) | {"global_batch": global_batch}, "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}  # fmt: skip
-            save_checkpoint(out, done, state, ema, frozen, args.keep)
+            state = {"format": STATE_FORMAT, "step": done, "seconds": seconds, "skips": skips}
+            state |= {"window": total * (not log_due), "args": vars(args) | {"global_batch": global_batch}}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(out, state, ema, frozen, args)
         clock = time.perf_counter()
+        if stop and done < args.steps:
+            if rank == 0:
+                (out / "preempted").touch()
+                bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
+            break
     bar.close()
     if rank == 0:
-        print(f"{args.steps} steps in {seconds:.0f} s of training; {out}/latest, {log_path}")
+        print(f"{out}: {done if start < args.steps else start} steps in {seconds:.0f} s of training")
     if world > 1:
         dist.destroy_process_group()
 

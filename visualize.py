@@ -313,11 +313,10 @@ def wild(args) -> Figure:
 
 
 def main() -> None:
-    formatter = getattr(data, "HelpFormatter", argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
     commands, flags = parser.add_subparsers(required=True, metavar="FIGURE"), {}
     for draw in (trajectory, timesteps, pca, matching, sweep, curves, wild):
-        text = {"help": draw.__doc__, "description": draw.__doc__, "formatter_class": formatter}
+        text = {"help": draw.__doc__, "description": draw.__doc__, "formatter_class": data.HelpFormatter}
         command = commands.add_parser(draw.__name__, **text)
         command.set_defaults(draw=draw)
         command.add_argument("--out", default=f"out/{draw.__name__}", help="writes OUT.png and OUT.pdf")

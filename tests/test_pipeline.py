@@ -206,7 +206,7 @@ def test_every_flag_has_help_and_is_used(name):
     """No flag that does nothing: each is read as args.FLAG, somewhere in the root."""
     source = "".join(path.read_text() for path in ROOT.glob("*.py"))
     text = (ROOT / f"{name}.py").read_text()
-    for flag, rest in re.findall(r'add_argument\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
+    for flag, rest in re.findall(r'(?:add_argument|flag)\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
         assert "help=" in rest, f"{name}.py --{flag} has no help"
         assert re.search(rf"\bargs\.{flag}\b|\"{flag}\"", source.replace(f'"--{flag}"', "")), f"--{flag} is not used"
 
