@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction v --t_sampling uniform \
 		--steps 1000 --batch_size 32 --accumulate 1 --lr 1e-3 --lr_min 1e-5 --warmup 100 --ema 0.995 \
 		--precision fp32 --val_every 250 --preview_every 500 --save_every 250 --workers 1
-	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00639/000.png --orbit 12 --scale 1 --out $(DEMO)/views
+	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00639/000.png --no-crop --orbit 12 --scale 1 --out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif
 	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --scale 1 --steps 20 --lpips none \
 		--grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl

@@ -103,21 +103,23 @@ def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     return rgb * alpha[..., None] + (1 - alpha[..., None]), alpha
 
 
-def load_image(path: str | Path, size: int, pad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """(H,W,C) in [0,1] -> (C,height,width) in [0,1], bilinear, antialiased (PIL's).
+
+    In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
+    """
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)]
+    planes = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
+    return torch.from_numpy(np.stack(planes)).clamp(0, 1)
+
+
+def load_image(path: str | Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """File -> (image (3,size,size) float32 in [-1,1] on white, alpha (size,size) float32 in [0,1]).
 
-    Bilinear, antialiased; what is not square is stretched, as in Zero-1-to-3, or with pad set on a white square.
-    InputError as in open_image.
+    What is not square is stretched, as in Zero-1-to-3. InputError as in open_image.
     """
     rgb, alpha = composite(open_image(path))
-    if pad and (short := abs(rgb.shape[0] - rgb.shape[1])):
-        margin = (short // 2, short - short // 2)
-        widths = (margin, (0, 0)) if rgb.shape[0] < rgb.shape[1] else ((0, 0), margin)
-        rgb, alpha = np.pad(rgb, (*widths, (0, 0)), constant_values=1), np.pad(alpha, widths)
-    # In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
-    planes = [Image.fromarray(np.ascontiguousarray(p)) for p in (*np.moveaxis(rgb, 2, 0), alpha)]
-    planes = [np.asarray(p.resize((size, size), Image.Resampling.BILINEAR)) for p in planes]
-    planes = torch.from_numpy(np.stack(planes)).clamp(0, 1)
+    planes = resize(np.concatenate([rgb, alpha[..., None]], axis=2), size, size)
     return planes[:3] * 2 - 1, planes[3]
 
 

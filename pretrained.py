@@ -679,7 +679,7 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         weights = read_weights(path)
         model = NovelViewModel(**infer_args(weights))
         load_pretrained(model, weights)
-        encoder = ImageEncoder(CLIP, encoder_weights or path, layers=())
+        encoder = ImageEncoder(CLIP, encoder_weights or str(path), layers=())
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)
         meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec.spec()}
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

@@ -139,9 +139,38 @@ def camera_moves(azimuth: list[float], elevation: list[float], distance: list[fl
     return torch.tensor(rows)
 
 
-def load_photo(path: Path, size: int) -> Tensor:
-    """An image of any shape and mode as the model takes it (3,size,size): composited on white and padded square."""
-    return data.load_image(path, size, pad=True)[0]
+def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
+    """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
+
+    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image. The
+    object is where alpha says or, without alpha, what differs from a plain background. Without crop the whole image
+    is set on a white square. Raises InputError where no object can be told from the background.
+    """
+    rgb, alpha = data.composite(data.open_image(path))
+    if not crop:
+        return fit(rgb, 0, size)
+    if alpha.min() == 1:
+        border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+        background = np.median(border, axis=0)
+        if np.abs(border - background).max(axis=1).mean() > 0.05:
+            raise InputError(f"{path}: no alpha and no plain background; cut the object out, or give --no-crop")
+        alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
+        rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
+    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        raise InputError(f"{path}: holds no object: it is all background")
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return fit(rgb[box], round(size * 28 / 256), size)
+
+
+def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
+    """rgb (H,W,3) in [0,1] -> (3,size,size) in [-1,1]: resized to leave the margin in pixels, centred on white."""
+    inner = size - 2 * margin
+    height, width = (max(1, round(n * inner / max(rgb.shape[:2]))) for n in rgb.shape[:2])
+    canvas = torch.ones(3, size, size)
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas[:, top : top + height, left : left + width] = data.resize(rgb, height, width) * 2 - 1
+    return canvas
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -201,6 +230,8 @@ def main() -> None:
     add_checkpoint_flags(group)
     group = parser.add_argument_group("views")
     group.add_argument("--image", required=True, help="an image, or a folder of images")
+    group.add_argument("--crop", action=argparse.BooleanOptionalAction, default=True, help="frame the object as "
+                       "Zero-1-to-3 does; --no-crop for renders framed as in training")  # fmt: skip
     group.add_argument("--azimuth", type=float, nargs="+", default=[0.0], help="degrees, counter-clockwise from above")
     group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
     group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change of the camera's distance")
@@ -210,7 +241,7 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=16, help="views at a time")
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="out/samples", help="folder to write")
-    group.add_argument("--save_x0", type=int, default=0, metavar="N", help="also save N predicted x0 a view (figure 1)")
+    group.add_argument("--save_x0", type=int, default=0, metavar="N", help="predicted x0 to save (figure 1), in x0.npz")
     args = parser.parse_args()
     data.require_positive(args, "batch_size", "steps")
 
@@ -226,7 +257,7 @@ def main() -> None:
         for path in paths:
             bar.set_description(path.name)
             folder = Path(args.out) / path.stem
-            image = load_photo(path, meta["image_size"])
+            image = load_photo(path, meta["image_size"], args.crop)
             views, trajectory = sample_views(image, poses, model, encoder, codec, args, bar)
             write_views(folder, image, views, trajectory, args)
     print(f"{len(paths) * len(poses)} view(s) in {args.out}/" + (f"{paths[0].stem}/" if len(paths) == 1 else ""))
@@ -244,13 +275,23 @@ def list_photos(path: str) -> list[Path]:
     return photos
 
 
+def saved_steps(steps: int, n: int) -> list[int]:
+    """Which of the DDIM steps' predicted x0 are saved: n of them, evenly, the first and the last included."""
+    return sorted({round(i) for i in np.linspace(0, steps - 1, n)})
+
+
+def save_npz(path: Path, **arrays) -> None:
+    with open(path, "wb") as file:  # np.savez given a path would add a suffix to it
+        np.savez_compressed(file, **arrays)
+
+
 def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, bar=None) -> tuple[Tensor, list[Tensor]]:
     """Views (N,3,H,W) of an image (3,H,W) from poses (N,4), and args.save_x0 predicted x0 along the way, each alike.
 
     View i's noise depends on (args.seed, i) alone.
     """
     device = next(model.parameters()).device
-    saved = {round(i) for i in np.linspace(0, args.steps - 1, args.save_x0)} if args.save_x0 else set()
+    saved = saved_steps(args.steps, args.save_x0)
     views, trajectories = [], []
     once = condition_on(image[None].to(device), poses[:1].to(device), encoder, codec)
     for first in range(0, len(poses), args.batch_size):
@@ -272,7 +313,7 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, bar=
 
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
-    """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0_%03d.png: a row a view, steps left to right."""
+    """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -286,9 +327,11 @@ def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Ten
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
     if len(views) > 1:
         save_gif(folder / "orbit.gif", views)
-    if trajectory:
-        rows = [list(view_steps) for view_steps in torch.stack(trajectory, dim=1)]
-        save_picture(folder / "x0.png", labelled_grid(rows, [f"{i + 1}" for i in range(len(trajectory))]))
+    if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,), noisiest first
+        timesteps = ddim_timesteps(args.steps)
+        x0 = [[np.asarray(to_pil(view)) for view in step] for step in trajectory]
+        t = [timesteps[i] for i in saved_steps(args.steps, args.save_x0)]
+        write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=t))
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def test_camera_moves_are_relative_poses():
 
 def test_sample_script(run, tree, tmp_path):
     image = tree / "00011" / "000.png"
-    flags = ["--ckpt", run, "--steps", 3, "--device", "cpu"]
+    flags = ["--ckpt", run, "--steps", 3, "--device", "cpu", "--no-crop"]
     call(sample, *flags, "--image", image, "--orbit", 4, "--out", tmp_path / "a", "--save_x0", 2)
     call(sample, *flags, "--image", image, "--orbit", 4, "--out", tmp_path / "b", "--batch_size", 3)
     folders = [tmp_path / which / "000" for which in "ab"]
@@ -268,12 +268,36 @@ def test_sample_script(run, tree, tmp_path):
     assert np.abs(np.array(views[0]) - np.array(views[1])).max() <= 1  # batches change nothing but rounding
     assert np.abs(views[0][0] - views[0][1]).max() > 0
     assert Image.open(folders[0] / "orbit.gif").n_frames == 4
+    x0 = np.load(folders[0] / "x0.npz")
+    assert x0["x0"].shape == (2, 4, 32, 32, 3) and x0["t"].tolist() == [999, 332]
+    assert np.abs(x0["x0"][-1] - np.array(views[0])).max() == 0  # the last predicted x0 is the sample
     for name in ("input.png", "grid.png"):
         Image.open(folders[0] / name).verify()
     call(sample, *flags, "--image", tree / "00011", "--azimuth", 10, 20, "--elevation", 5, "--out", tmp_path / "c")
     assert len(list((tmp_path / "c").glob("*/001.png"))) == 4
     call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "d")
     assert np.abs(np.asarray(Image.open(tmp_path / "d" / "000" / "000.png"), float) - views[0][0]).max() > 0
+
+
+def test_photos_are_framed_as_zero123_frames_them(tmp_path):
+    """A 20 x 10 object anywhere in a photo: its long edge becomes 200/256, centred, whatever marks it."""
+    photo = np.full((64, 96, 4), 255, np.uint8)
+    photo[..., 3] = 0
+    photo[10:20, 50:70] = (255, 0, 0, 255)
+    Image.fromarray(photo).save(tmp_path / "alpha.png")
+    plain = photo.copy()
+    plain[photo[..., 3] == 0] = (90, 120, 90, 255)
+    Image.fromarray(plain).convert("RGB").save(tmp_path / "plain.png")
+    for name in ("alpha.png", "plain.png"):
+        image = sample.load_photo(tmp_path / name, 256)
+        rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
+        assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
+        assert image[:, 0, 0].tolist() == [1, 1, 1]
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "busy.png")
+    with pytest.raises(InputError, match="busy.png"):
+        sample.load_photo(tmp_path / "busy.png", 32)
+    assert sample.load_photo(tmp_path / "busy.png", 32, crop=False).shape == (3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

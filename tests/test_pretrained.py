@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import call
 from diffusers import AutoencoderKL as TheirVAE
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 import pretrained
+import sample
 from data import InputError
 from model import NovelViewModel, UNet
 from pretrained import AutoencoderKL, ImageEncoder, SpaceToDepth
@@ -498,9 +501,30 @@ def test_unreachable_hub_repository_is_one_line(monkeypatch, tmp_path):
         pretrained.load_codec("sd")
 
 
-def test_inspect_lists_ldm_names(tmp_path, capsys, monkeypatch):
-    save_file(their_vae().state_dict(), tmp_path / "vae.safetensors")
-    monkeypatch.setattr("sys.argv", ["pretrained.py", "inspect", str(tmp_path / "vae.safetensors")])
-    pretrained.main()
-    assert "first_stage_model.encoder.mid.attn_1.q.weight (128, 128, 1, 1) torch.float32" in capsys.readouterr().out
-    assert len(load_file(tmp_path / "vae.safetensors")) > 50
+def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
+    """`sample.py --ckpt zero123.ckpt --image photo.png` as is: CLIP, VAE, EMA and pose projection all from the file.
+
+    CLIP ViT-L/14 is stood in for by timm's smallest CLIP.
+    """
+    clip = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+    monkeypatch.setattr(pretrained, "CLIP", clip)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: None)
+    encoder = ImageEncoder(clip, "random", ())
+    shape = dict(in_channels=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,))
+    model = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, **shape)
+    randomize(model)
+    vae = AutoencoderKL(32, (1, 1, 1, 1), 1)
+    convert.write_ldm(tmp_path / "zero123.ckpt", model, vae, encoder)
+    opened, opened_encoder, opened_vae, meta = pretrained.load_checkpoint(tmp_path / "zero123.ckpt")
+    assert same(opened.state_dict(), model.state_dict()) and same(opened_vae.state_dict(), vae.state_dict())
+    assert opened_encoder.spec()["sha256"] == encoder.spec()["sha256"] and meta["image_size"] == 256
+    photo = torch.zeros(40, 30, 4, dtype=torch.uint8)
+    photo[5:30, 5:20] = torch.tensor([200, 50, 50, 255], dtype=torch.uint8)
+    Image.fromarray(photo.numpy()).save(tmp_path / "photo.png")
+    call(sample, "--ckpt", tmp_path / "zero123.ckpt", "--image", tmp_path / "photo.png", "--azimuth", 30, "--steps", 2,
+         "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+    assert Image.open(tmp_path / "out" / "photo" / "000.png").size == (256, 256)
+    call(convert, "--ckpt", tmp_path / "zero123.ckpt", "--out", tmp_path / "hf")
+    assert same(pretrained.read_weights(tmp_path / "hf"), {
+        k: v for k, v in pretrained.read_weights(tmp_path / "zero123.ckpt").items() if not k.startswith("cond_stage")
+    })  # fmt: skip
