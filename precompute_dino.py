@@ -15,6 +15,7 @@ int64. A shard appears whole or not at all, and rerunning the command goes on wh
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,6 +128,27 @@ def write_atomically(path: Path, write) -> None:
         raise InputError(f"{path}: could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(folder: Path, flag: str):
+    """Make the folder, hold FOLDER/lock while the result lives, clear away what a killed job left half-written.
+
+    Raises InputError where another job holds it. A POSIX lock: data workers don't inherit it, and NFS has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{flag} {folder}: another job is writing there") from None
+        except OSError as error:
+            print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
+        for stale in folder.glob(".*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: {error.strerror}") from None
+    return file
 
 
 # ------------------------------------------------------------------------------------------------------ the writer
@@ -313,10 +335,7 @@ def main() -> None:
     device = pick_device(args.device)
     names = data.list_objects(args.data)
     train = data.split_objects(names, args.val_fraction, "train")
-    try:
-        Path(args.archive).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--archive {args.archive}: {error.strerror}") from None
+    held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (closing it would let go)
     check_flags(args, names)
     if world > 1:
         dist.init_process_group("gloo")  # the ranks only wait: for what rank 0 settles, and for one another at the end
@@ -337,7 +356,7 @@ def main() -> None:
         write_atomically(frozen_file, lambda path: save_file(tensors, path))
     if world > 1:
         dist.barrier()
-    encoder, codec = open_frozen(args, device, load_file(frozen_file) if frozen_file.exists() else {})
+    encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})
     if rank == 0:
         open_manifest(args, encoder, codec, names)
         check_space(names, sum(map(len, members.values())), encoder, codec, args)

@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, check_specs
 from model import NovelViewModel
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -194,7 +194,7 @@ def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
         with torch.device("meta"):
             codec = AutoencoderKL(ch, mult, blocks, z_channels)
         codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:  # a tensor is missing, or of another shape
+    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:  # missing, or of another shape
         raise InputError(f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})") from None
     return codec.eval().requires_grad_(False)
 
@@ -278,6 +278,7 @@ class ImageEncoder(nn.Module):
         """What an archive or a checkpoint notes of this encoder, fit for json."""
         # the position embeddings are resampled, which different machines round differently
         tensors = {k: v for k, v in self.vit.state_dict().items() if k != "pos_embed"}
+        tensors |= {} if self.pca is None else {"pca_mean": self.pca_mean, "pca": self.pca}
         spec = {"name": self.name, "weights": self.source, "layers": self.layers, "image_size": self.image_size}
         spec |= {"cls_dim": self.cls_dim, "feature_dim": self.feature_dim, "tokens": self.tokens}
         return spec | {"pca": None if self.pca is None else self.pca.shape[1], "sha256": tensor_hash(tensors)}
@@ -449,7 +450,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated, or no checkpoint that reads safely ({type(error).__name__})") from None
     for key in ("state_dict", "model"):
         loaded = loaded[key] if isinstance(loaded, dict) and isinstance(loaded.get(key), dict) else loaded
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    tensors = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {k: v for k, v in tensors if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors")
     return tensors
@@ -572,9 +574,15 @@ def save_model(path: Path, model: NovelViewModel, meta: dict, tensors: dict[str,
 
     meta: "encoder" and "codec" specs, "image_size", "val_fraction", "step", "args" of training, ...
     """
-    weights = {name: value.float().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.float().contiguous() for name, value in model.state_dict().items()} | tensors
     meta = {"format": CHECKPOINT_FORMAT, "model": model.args} | meta
-    save_file(weights | tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
+    meta |= {"sha256": checksum(meta, tensors)}
+    save_file(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
+
+
+def checksum(meta: dict, tensors: dict[str, Tensor]) -> str:
+    """Of all that model.safetensors holds: safetensors has none of its own."""
+    return hashlib.sha256((json.dumps(meta) + tensor_hash(tensors)).encode()).hexdigest()
 
 
 def read_meta(path: Path) -> dict | None:
@@ -583,22 +591,54 @@ def read_meta(path: Path) -> dict | None:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("efficient_3dim")
         meta = json.loads(text) if text else None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file ({one_line(error)})") from None
     if meta is None:
         return None
-    if meta.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: checkpoint format {meta.get('format')}, this code reads {CHECKPOINT_FORMAT}")
+    if not isinstance(meta, dict) or meta.get("format") != CHECKPOINT_FORMAT:
+        form = meta.get("format") if isinstance(meta, dict) else "unknown"
+        raise InputError(f"{path}: checkpoint format {form}, this code reads {CHECKPOINT_FORMAT}")
     if missing := {"model", "encoder", "codec", "image_size", "val_fraction"} - meta.keys():
         raise InputError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
+    check_specs(path, meta)
     return meta
+
+
+def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel]:
+    """(metadata, all tensors, the model) of a model.safetensors. Raises InputError where they don't fit together."""
+    meta, tensors = read_meta(path), read_tensors(path)
+    if meta is None:
+        raise InputError(f"{path}: not a checkpoint of this code")
+    digest = checksum({key: value for key, value in meta.items() if key != "sha256"}, tensors)
+    if meta.get("sha256", digest) != digest:
+        raise InputError(f"{path}: damaged, its checksum does not match")
+    try:
+        side, tokens = meta["image_size"] // meta["codec"]["factor"], meta["encoder"]["tokens"]
+        if (meta["model"]["latent_size"], meta["model"]["feature_tokens"]) != (side, tokens):
+            raise ValueError("latent_size or feature_tokens is not the codec's or encoder's")
+        model = build(meta["model"], tensors)
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    except Exception as error:  # the arguments may be anything
+        raise InputError(f"{path}: its weights do not fit its metadata ({one_line(error)})") from None
+    return meta, tensors, model
+
+
+def build(args: dict, tensors: dict[str, Tensor]) -> NovelViewModel:
+    """The model of these arguments, allocated once they turn out to ask for the sizes of the tensors given for it."""
+    if len(args["channel_mult"]) > 16 or args["num_res_blocks"] > 64:
+        raise ValueError("absurd sizes")
+    with torch.device("meta"):
+        sizes = {name: value.numel() for name, value in NovelViewModel(**args).state_dict().items()}
+    if wrong := [name for name, size in sizes.items() if name in tensors and tensors[name].numel() != size]:
+        raise ValueError(f"{len(wrong)} tensors are of another shape, {wrong[0]} for one")
+    return NovelViewModel(**args)
 
 
 def find_weights(path: str | Path) -> Path:
     """The weights file of a run (its latest checkpoint), of a step folder, or the path itself. Raises InputError."""
     path = Path(path)
-    if (path / "latest").exists():
-        path = path / (path / "latest").read_text().strip()
+    if (path / "latest").is_file():
+        path = path / (path / "latest").read_text(errors="replace").strip("\0\n ")
     if (path / "model.safetensors").exists():
         return path / "model.safetensors"
     if path.is_dir() and not (path / "unet").exists():
@@ -624,7 +664,7 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
     saved, pca = split_own(tensors or {})
     weights = source or saved or spec["weights"]
     encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
-    if encoder.spec()["sha256"] != spec["sha256"]:
+    if encoder.spec() | {"weights": spec["weights"]} != {"pca": None} | spec:
         raise InputError(
             f"--encoder_weights {source or spec['weights']}: not the {spec['name']} that the model was trained with"
         )
@@ -633,9 +673,10 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
 
 def open_codec(spec: dict, source: str | None = None) -> nn.Module:
     """The codec of a spec, from --vae or from where it came. Raises InputError."""
-    codec = load_codec(spec["name"], source or spec["source"], spec["factor"])
-    if codec.spec()["sha256"] != spec["sha256"]:
-        raise InputError(f"--vae {source or spec['source']}: not the VAE that the model was trained with")
+    source = source or spec.get("source")
+    codec = load_codec(spec["name"], source, spec["factor"])
+    if codec.spec() | {"source": None} != spec | {"source": None}:
+        raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec
 
 
@@ -664,20 +705,19 @@ def infer_args(weights: dict[str, Tensor]) -> dict:
 def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None, vae: str | None = None):
     """(model with EMA weights in eval mode, encoder, codec, meta) from --ckpt: ours, or a zero123 checkpoint."""
     file = find_weights(path)
-    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
-    if meta:
-        tensors = read_tensors(file)
-        model = NovelViewModel(**meta["model"])
-        names = model.state_dict().keys()
-        try:
-            model.load_state_dict({k: v for k, v in tensors.items() if k in names})
-        except RuntimeError as error:
-            raise InputError(f"{file}: its weights do not fit its metadata ({one_line(error)})") from None
+    if file.suffix == ".safetensors" and file.is_file() and read_meta(file):
+        meta, tensors, model = read_model(file)
         encoder = open_encoder(meta["encoder"], encoder_weights, tensors)
         codec = open_codec(meta["codec"], vae)
     else:
         weights = read_weights(path)
-        model = NovelViewModel(**infer_args(weights))
+        try:
+            named = {k.replace(PREFIX["unet"], "unet."): v for k, v in weights.items()}
+            model = build(infer_args(weights), named)
+        except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"--ckpt {path}: neither ours nor zero123's ({one_line(error)})") from None
         load_pretrained(model, weights)
         encoder = ImageEncoder(CLIP, encoder_weights or str(path), layers=())
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)

@@ -12,7 +12,6 @@ each process takes its slice: restarts, world size and accumulation change nothi
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import os
@@ -21,13 +20,13 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +44,7 @@ from model import (
     q_sample,
     sample_timesteps,
 )
-from precompute_dino import add_encoder_flags, autocast, encode, flush, open_frozen, pick_device, write_atomically
+from precompute_dino import add_encoder_flags, autocast, encode, flush, lock, open_frozen, pick_device, write_atomically
 
 BINS = 10  # of the loss by timestep
 
@@ -155,9 +154,9 @@ def step_draws(seed: int, step: int, global_batch: int, shape: tuple, device: to
 
 
 def binned(losses: Tensor, t: Tensor) -> Tensor:
-    """(2 BINS,) float64: the sum of losses (B,) whose timesteps (B,) fall in each bin, and their number."""
-    member = F.one_hot(t * BINS // TIMESTEPS, BINS).double()
-    return torch.cat([losses.double() @ member, member.sum(0)])
+    """(2 BINS,) float64: the sum of finite losses (B,) whose timesteps (B,) fall in each bin, and their number."""
+    member = F.one_hot(t * BINS // TIMESTEPS, BINS).double() * losses.isfinite()[:, None]
+    return torch.cat([losses.double().nan_to_num(0, 0, 0) @ member, member.sum(0)])
 
 
 def peak_memory(device: torch.device) -> float:
@@ -218,7 +217,8 @@ def open_data(args, device: torch.device):
         train_set = data.Archive(args.archive, "train", args.seed)
         val_set = data.Archive(args.archive, "val", seed=0)
         keys, file = ("encoder", "codec", "image_size", "val_fraction"), Path(args.archive) / "frozen.safetensors"
-        frozen = {key: train_set.manifest[key] for key in keys} | {"tensors": load_file(file) if file.exists() else {}}
+        frozen = {key: train_set.manifest[key] for key in keys}
+        frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
     if not len(train_set):
         raise InputError(f"{args.archive or args.data}: no training object with two views")
 
@@ -304,6 +304,8 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
 
 STATE_FORMAT = 1
 FIXED = ("width", "channel_mult", "res_blocks", "attention", "heads", "context_dim", "amalgamate", "prediction", "seed")
+FIXED += ("frozen",)
+STEP = "step_" + 7 * "[0-9]"
 
 
 def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, args) -> None:
@@ -325,43 +327,52 @@ def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, a
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
     write_atomically(out / "latest", lambda path: path.write_text(folder.name))
-    for old in sorted(out.glob("step_*"))[: -args.keep]:
+    older = [old for old in sorted(out.glob(STEP)) if old <= folder]  # newer ones are unreadable: passed over
+    for old in older[: -args.keep]:
         if not (args.keep_every and int(old.name[5:]) % args.keep_every == 0):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
-    """(state, EMA weights) of the newest readable checkpoint; an unreadable one is named and passed over."""
-    folders = sorted(out.glob("step_*"), reverse=True)
+    """(state, EMA weights) of the newest readable checkpoint; an unreadable one is named and passed over.
+
+    Raises InputError where none is, or where the newest is of another format.
+    """
+    folders = sorted(out.glob(STEP), reverse=True)
     for folder in folders:
         try:
+            if damaged := zipfile.ZipFile(folder / "state.pt").testzip():  # torch.load compares no checksums
+                raise ValueError(f"{damaged} does not match its checksum")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            if state["format"] != STATE_FORMAT:
-                raise InputError(f"{folder}: checkpoint format {state['format']}, this code reads {STATE_FORMAT}")
-            return state, load_file(folder / "model.safetensors")
-        except InputError:
-            raise
+            form, weights = state["format"], pretrained.read_model(folder / "model.safetensors")[1]
         except Exception as error:  # whatever a torn file makes of torch.load
-            print(f"{folder}: unreadable ({type(error).__name__}), trying the one before it", file=sys.stderr)
+            why = error if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:100]}"
+            print(f"{folder}: unreadable ({why}); trying the one before it", file=sys.stderr)
+            continue
+        if form != STATE_FORMAT:
+            raise InputError(f"{folder}: checkpoint format {form}, this code reads {STATE_FORMAT}")
+        return state, weights
     if folders:
         raise InputError(f"--out {out}: none of its {len(folders)} checkpoints is readable")
     return None
 
 
-def match_flags(args, saved: dict, world: int) -> None:
-    """Hold the flags against those that the run was started with: recompute accumulation, say what changed."""
-    changed = {k: (saved[k], v) for k, v in vars(args).items() if k in saved and saved[k] != v}
+def match_flags(args, facts: dict, saved: dict) -> list[str]:
+    """Hold flags and facts against those of the checkpoint: recompute accumulation, return what changed, in words."""
+    changed = {k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v}
+    if "frozen" in changed:
+        raise InputError(f"--archive or --data: {args.out} was started with another encoder, codec or image size")
     if refused := [k for k in changed if k in FIXED]:
         raise InputError(f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change")
-    if saved["global_batch"] % (args.batch_size * world):
+    world, global_batch = facts["processes"], saved["global_batch"]
+    if global_batch % (args.batch_size * world):
         raise InputError(f"--batch_size {args.batch_size} on {world} process(es) does not divide the run's "
-                         f"global batch of {saved['global_batch']}")  # fmt: skip
-    accumulate = saved["global_batch"] // (args.batch_size * world)
-    if accumulate != args.accumulate:
-        changed["accumulate"] = (args.accumulate, accumulate)
-        args.accumulate = accumulate
-    for key, (old, new) in changed.items():
-        print(f"resuming with --{key} {new} (was {old})")
+                         f"global batch of {global_batch}")  # fmt: skip
+    flag, args.accumulate = args.accumulate, global_batch // (args.batch_size * world)
+    changed.pop("accumulate", None)
+    if args.accumulate != flag:
+        changed["accumulate"] = (flag, f"{args.accumulate}, which keeps the global batch of {global_batch}")
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -369,7 +380,7 @@ def trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -378,28 +389,24 @@ def trim_log(path: Path, step: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def lock(out: Path):
-    """Hold RUN/lock for as long as this process lives. Raises InputError where another job does."""
-    file = open(out / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"--out {out}: another job is training there") from None
-    return file
-
-
 def catch_signals() -> list[int]:
     """SIGTERM, SIGUSR1 and SIGINT land in the list, for the loop to see; a second one stops the process at once."""
     caught: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def handler(number, frame):
-        if caught:
-            os._exit(128 + number)
         caught.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in numbers:
         signal.signal(number, handler)
     return caught
+
+
+def leave_group(worker: int) -> None:
+    """torchrun and terminals signal whole process groups: the trainer still needs its data workers for the step."""
+    os.setpgrp()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -407,6 +414,7 @@ def catch_signals() -> list[int]:
 
 def main() -> None:
     args = parse_args()
+    caught = catch_signals()
     rank, world = distributed()
     device = pick_device(args.device)
     if args.deterministic:
@@ -414,12 +422,9 @@ def main() -> None:
         torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = lock(out) if rank == 0 else None  # noqa: F841 (closing it would let go)
+    if rank == 0:
+        held = lock(out, "--out")  # noqa: F841 (closing it would let go)
         (out / "preempted").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
 
     # data, model, EMA, optimiser
     train_set, val_set, prepare, frozen = open_data(args, device)
@@ -445,9 +450,13 @@ def main() -> None:
     start, seconds = 0, 0.0
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
+    kept = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"], frozen["image_size"]]
+    facts = {"processes": world, "objects": len(train_set), "frozen": kept}
     if resumed:
         state, weights = resumed
-        match_flags(args, state["args"], world)
+        changed = match_flags(args, facts, state["args"])
+        if changed and rank == 0:
+            print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
         model.load_state_dict(state["model"])
         ema.load_state_dict({k: v for k, v in weights.items() if k in state["model"]})
         optimizer.load_state_dict(state["optimizer"])
@@ -456,6 +465,11 @@ def main() -> None:
         skips += state["skips"].to(device)
         window += state["window"].to(device) if rank == 0 else 0
         del state, weights, resumed
+    if agree(start > 0, world) and world > 1:  # an unreadable file may be so on one node only
+        newest = torch.tensor(start)
+        dist.broadcast(newest, 0)
+        if newest != start:
+            raise InputError(f"--out {out}: rank {rank} resumes at step {start}, rank 0 at {newest}")
     global_batch = args.batch_size * args.accumulate * world
 
     if args.compile:
@@ -466,8 +480,8 @@ def main() -> None:
         wrapped = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     positions = list(data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world))
     pin = device.type == "cuda"
-    loader = torch.utils.data.DataLoader(train_set, None, sampler=positions, num_workers=args.workers, pin_memory=pin)
-    batches = iter(loader)
+    options = {"num_workers": args.workers, "pin_memory": pin, "worker_init_fn": leave_group}
+    batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
     log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
     if rank == 0:
@@ -479,10 +493,13 @@ def main() -> None:
 
     def log(record: dict) -> None:
         if rank == 0:
-            with open(log_path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(log_path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                flush(log_path)
+            except OSError as error:
+                raise InputError(f"{log_path}: {error.strerror}; checkpoints are intact") from None
 
-    caught = catch_signals()
     mark, marked = start, seconds  # step and seconds of the last log line
     clock = time.perf_counter()
     for step in range(start, args.steps):
@@ -539,11 +556,12 @@ def main() -> None:
             mark, marked = done, seconds
             in_a_row, skipped = skips.tolist()
             record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
-            record |= {"loss": sum(sums) / sum(counts), "lr": lr, "grad_norm": float(norm), "skipped": skipped}
+            loss, norm = sum(sums) / max(1, sum(counts)), None if in_a_row else float(norm)
+            record |= {"loss": loss if any(counts) else None, "lr": lr, "grad_norm": norm, "skipped": skipped}
             record |= {"loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)]}
             record |= {"samples_per_second": round(rate, 1), "tflops": round(rate * flops / 1e12, 3)}
             log(record | {"peak_memory_gb": peak_memory(device)})
-            bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
             if in_a_row >= args.max_skips:
                 raise InputError(f"{out}: the gradient was not finite {in_a_row} steps in a row, up to step {done}")
             if bad:
@@ -559,13 +577,13 @@ def main() -> None:
             save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
         if save_due and rank == 0:
             state = {"format": STATE_FORMAT, "step": done, "seconds": seconds, "skips": skips}
-            state |= {"window": total * (not log_due), "args": vars(args) | {"global_batch": global_batch}}
+            state |= {"window": total * (not log_due), "args": vars(args) | facts | {"global_batch": global_batch}}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_checkpoint(out, state, ema, frozen, args)
         clock = time.perf_counter()
         if stop and done < args.steps:
             if rank == 0:
-                (out / "preempted").touch()
+                write_atomically(out / "preempted", Path.touch)
                 bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()

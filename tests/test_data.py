@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import InputError
+from tools import shapes
 
 
 def png16(colour_type: int, pixels: np.ndarray) -> bytes:
@@ -76,16 +77,13 @@ def test_resizing_averages_and_keeps_no_halo(tmp_path):
     torch.testing.assert_close(image[0], 1 - 2 * alpha)
 
 
-def test_exif_turns_the_picture_upright_and_pad_keeps_its_shape(tmp_path):
+def test_exif_turns_the_picture_upright(tmp_path):
     picture, exif = Image.new("RGB", (4, 8), "white"), Image.Exif()
     picture.paste("black", (0, 0, 4, 4))  # the upper half
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "x.png", exif=exif)
     image, _ = data.load_image(tmp_path / "x.png", 8)
     assert (image[:, 0] == 1).all() and (image[:, -1] == -1).all()
-    image, alpha = data.load_image(tmp_path / "x.png", 8, pad=True)
-    assert (image[:, -1, 2:6] == -1).all() and (image[:, :, [0, 1, 6, 7]] == 1).all()
-    assert alpha[:, 2:6].min() == 1 and alpha[:, [0, 1, 6, 7]].max() == 0
 
 
 def test_bad_images_name_the_file(tmp_path, monkeypatch):
@@ -253,11 +251,11 @@ def test_a_workers_input_error_is_one_line_too(capsys):
 def test_a_sphere_appears_where_the_camera_says():
     """Centroid, coverage and depth of a small off-centre sphere against its projection."""
     centre, radius, size = np.array([0.3, -0.2, 0.25]), 0.1, 96
-    ball = data.make_primitive("sphere", radius / 0.9, np.random.default_rng(0)) | {"centre": centre}
+    ball = shapes.make_primitive("sphere", radius / 0.9, np.random.default_rng(0)) | {"centre": centre}
     generator = torch.Generator().manual_seed(0)
     z, phi, r = torch.rand(3, 6, generator=generator).double()
     w2c = data.look_at(torch.acos(2 * z - 1), 6.28 * phi, 1.5 + 0.7 * r)
-    rgba, depth = data.render([ball], w2c, size, np.array([0, 0, 1.0]))
+    rgba, depth = shapes.render([ball], w2c, size, np.array([0, 0, 1.0]))
     x, y, z = (w2c[:, :, :3] @ torch.tensor(centre) + w2c[:, :, 3]).T.numpy()
     alpha = rgba[..., 3] / 255
     assert set(np.unique(rgba[..., 3])) > {0, 255}  # edges are antialiased
@@ -275,17 +273,17 @@ def test_a_sphere_appears_where_the_camera_says():
 
 def test_objects_depend_on_seed_and_index_only_and_fill_the_unit_cube(tree, tmp_path):
     for index in (3, 7):
-        data.write_object(tmp_path, 3, 32, 0, "cpu", 5, index)  # fewer views, others left out
+        shapes.write_object(tmp_path, 3, 32, 0, "cpu", 5, index)  # fewer views, others left out
         for file in sorted((tmp_path / f"{index:05d}").iterdir()):
             assert file.read_bytes() == (tree / f"{index:05d}" / file.name).read_bytes()
-    assert data.make_object(np.random.default_rng((1, 3)))[0]["palette"] != (
-        data.make_object(np.random.default_rng((0, 3)))[0]["palette"])  # fmt: skip
+    assert shapes.make_object(np.random.default_rng((1, 3)))[0]["palette"] != (
+        shapes.make_object(np.random.default_rng((0, 3)))[0]["palette"])  # fmt: skip
 
     for index in range(4):  # back to world coordinates, depth spans a box of longest edge 1 about the origin
-        primitives = [p for p in data.make_object(np.random.default_rng((0, index))) if not p["cut"]]
+        primitives = [p for p in shapes.make_object(np.random.default_rng((0, index))) if not p["cut"]]
         theta, phi = torch.tensor([0.1, 1, 1.57, 1.57, 1.57, 1.57, 3]), torch.tensor([0, 0.5, 0, 1.57, 3.1, 4.7, 1])
         w2c = data.look_at(theta, phi, 2)
-        _, depth = data.render(primitives, w2c, 64, np.array([0, 0, 1.0]))
+        _, depth = shapes.render(primitives, w2c, 64, np.array([0, 0, 1.0]))
         view, y, x = np.nonzero(depth)
         d = depth[view, y, x].astype(np.float64)
         camera = np.stack([((x + 0.5) / 32 - 1) * d * 16 / 35, (1 - (y + 0.5) / 32) * d * 16 / 35, -d], axis=1)
@@ -299,9 +297,9 @@ def test_sides_differ():
     """Mean colours of opposite views of the same object: what a model must know the camera for."""
     apart = []
     for index in range(6):
-        primitives = data.make_object(np.random.default_rng((0, index)))
+        primitives = shapes.make_object(np.random.default_rng((0, index)))
         w2c = data.look_at(torch.tensor(1.2), torch.arange(4) * math.pi / 2, 1.8)
-        rgba, _ = data.render(primitives, w2c, 24, np.array([0, 0, 1.0]))
+        rgba, _ = shapes.render(primitives, w2c, 24, np.array([0, 0, 1.0]))
         colour = (rgba[..., :3] * (rgba[..., 3:] / 255)).sum((1, 2)) / (rgba[..., 3:] / 255).sum((1, 2))
         apart.append(np.abs(colour[:2] - colour[2:]).mean())
     assert np.median(apart) > 25  # of 255
