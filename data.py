@@ -49,14 +49,22 @@ def run_script(main):
     except InputError as error:
         # A DataLoader re-raises its worker's error with the traceback as the message: the last line is the message.
         message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
+        end_bars()
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        end_bars()
         sys.exit(f"error: {str(error).splitlines()[0]}; was it killed, for want of memory say? Rerun to go on")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def end_bars() -> None:
+    """Close progress bars, so that what is printed next has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -386,8 +386,9 @@ class NovelViewModel(nn.Module):
         super().__init__()
         self.args = dict(cls_dim=cls_dim, prediction=prediction, **unet)  # what a checkpoint needs to rebuild it
         self.prediction = prediction
+        # before the UNet, so that its random part is the same with and without amalgamation
+        self.cc_projection = make_cc_projection(cls_dim, unet.get("context_dim", 768))
         self.unet = UNet(**unet)
-        self.cc_projection = make_cc_projection(cls_dim, self.unet.context_dim)
         self.register_buffer("alpha_bar", noise_schedule(prediction), persistent=False)
 
     def forward(

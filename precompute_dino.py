@@ -137,14 +137,14 @@ def lock(folder: Path, flag: str):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        file = open(folder / "lock", "a")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{flag} {folder}: another job is writing there") from None
         except OSError as error:
             print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
-        for stale in folder.glob(".*.tmp"):
+        for stale in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):  # ours, and safetensors' own
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     except OSError as error:
         raise InputError(f"{flag} {folder}: {error.strerror}") from None

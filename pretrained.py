@@ -459,6 +459,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def to_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A single model's tensors under LDM's names and prefix, told by the names; a whole LDM checkpoint unchanged."""
+    if "unet.time_embed.0.weight" in tensors:  # our own
+        return {re.sub("^unet\\.", PREFIX["unet"], name): tensor for name, tensor in tensors.items()}
     marks = {"time_embedding.linear_1.weight": "unet", "time_embed.0.weight": "unet", "encoder.conv_in.weight": "vae"}
     marks |= {"visual_projection.weight": "image_encoder", "projection.weight": "cc_projection"}  # zero123-hf's
     kind = next((kind for mark, kind in marks.items() if mark in tensors), None)
@@ -482,6 +484,8 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
     """
     path, hub = Path(source), not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source))
+    if (path / "latest").is_file():  # a run of ours
+        path = find_weights(path)
     if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
         path = Path(from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path"))
@@ -538,6 +542,9 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     if conv_in in given and 2 * given[conv_in].shape[1] == own[conv_in].shape[1]:
         given[conv_in] = torch.cat([given[conv_in], torch.zeros_like(given[conv_in])], dim=1)
         print(f"init: extended {conv_in} to {given[conv_in].shape[1]} channels: those of the condition are zero")
+    amalgamation = given.get("amalgamation.weight")  # ours; of another encoder it is left out
+    if amalgamation is not None and own.get("amalgamation.weight", amalgamation).shape != amalgamation.shape:
+        del given["amalgamation.weight"]
     for name in (k for k in own if k in given):
         linear = name.endswith((".proj_in.weight", ".proj_out.weight")) and given[name].ndim == 2  # LDM's: 1x1 conv
         ready[name] = given[name][:, :, None, None] if linear else given[name]
@@ -638,7 +645,10 @@ def find_weights(path: str | Path) -> Path:
     """The weights file of a run (its latest checkpoint), of a step folder, or the path itself. Raises InputError."""
     path = Path(path)
     if (path / "latest").is_file():
-        path = path / (path / "latest").read_text(errors="replace").strip("\0\n ")
+        name = (path / "latest").read_text(errors="replace").strip()
+        if not re.fullmatch(r"step_\d{7}", name):
+            raise InputError(f"{path / 'latest'}: names no checkpoint, {name[:20]!r}")
+        path = path / name
     if (path / "model.safetensors").exists():
         return path / "model.safetensors"
     if path.is_dir() and not (path / "unet").exists():

@@ -389,17 +389,19 @@ def trim_log(path: Path, step: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 def catch_signals() -> list[int]:
-    """SIGTERM, SIGUSR1 and SIGINT land in the list, for the loop to see; a second one stops the process at once."""
+    """SIGNALS land in the list, for the loop to see; a second one stops the process at once."""
     caught: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def handler(number, frame):
         caught.append(number)
-        for each in numbers:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
-    for number in numbers:
+    for number in SIGNALS:
         signal.signal(number, handler)
     return caught
 
@@ -407,6 +409,10 @@ def catch_signals() -> list[int]:
 def leave_group(worker: int) -> None:
     """torchrun and terminals signal whole process groups: the trainer still needs its data workers for the step."""
     os.setpgrp()
+    for number in SIGNALS:  # what came since the fork, where they were blocked, is dropped
+        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -481,7 +487,9 @@ def main() -> None:
     positions = list(data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world))
     pin = device.type == "cuda"
     options = {"num_workers": args.workers, "pin_memory": pin, "worker_init_fn": leave_group}
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # see leave_group
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
     if rank == 0:

@@ -201,6 +201,31 @@ def test_every_training_flag_changes_the_result(run, archive, tmp_path, changes)
     assert ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in names)
 
 
+def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path, capsys):
+    """Timestep sampling x encoder x amalgamation, CLIP's patch features too: every row's commands run, and at the first
+    step, before amalgamation has learned anything, what differs is what the row changes."""
+    small = [8 if flag == 7 else flag for flag in FROZEN]
+    clip = ["--encoder", "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"]
+    for name, flags in (("dino", []), ("clip", clip)):
+        call(precompute_dino, "--data", tree, "--archive", tmp_path / name, *small, *flags, "--workers", 0)
+    gaussian = ["--t_sampling", "gaussian", "--t_mean", 1000, "--t_std", 200]
+    rows = {
+        "zero123": ("clip", ["--no-amalgamate", "--cc_lr", 10]),
+        "gaussian": ("clip", ["--no-amalgamate", *gaussian]),
+        "dino": ("dino", ["--no-amalgamate", *gaussian]),
+        "amalgamation": ("clip", gaussian),
+        "all": ("dino", gaussian),
+    }
+    losses = {}
+    for row, (archive, flags) in rows.items():
+        call(train, "--archive", tmp_path / archive, "--init", run, "--out", tmp_path / row, *TRAIN, *flags)
+        assert "init: loaded" in capsys.readouterr().out
+        losses[row] = [line["loss"] for line in log_lines(tmp_path / row) if "loss" in line]
+    assert losses["zero123"][0] != losses["gaussian"][0] != losses["dino"][0]
+    assert losses["gaussian"][0] == losses["amalgamation"][0] and losses["gaussian"][1] != losses["amalgamation"][1]
+    assert losses["dino"][1:] != losses["all"][1:]
+
+
 @pytest.mark.parametrize("name", ["data", "precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
 def test_every_flag_has_help_and_is_used(name):
     """No flag that does nothing: each is read as args.FLAG, somewhere in the root."""
