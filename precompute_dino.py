@@ -305,7 +305,7 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
             bar.update(len(batch["object"]))
         if not rows:
             raise InputError(f"--data {args.data}: no sound view from {members[shard][0]} to {members[shard][-1]}")
-        tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        tensors = {key: torch.cat([row[key] for row in rows]).contiguous() for key in rows[0]}  # latents come NHWC
         counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
         tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
         write_atomically(data.shard_path(args.archive, shard), lambda path, t=tensors: save_file(t, path))

@@ -484,7 +484,7 @@ def main() -> None:
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    positions = list(data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world))
+    positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
     pin = device.type == "cuda"
     options = {"num_workers": args.workers, "pin_memory": pin, "worker_init_fn": leave_group}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # see leave_group

@@ -99,6 +99,26 @@ def test_fp8_and_pca(tree, archive, tmp_path):
     assert weights(tmp_path / "run")["unet.amalgamation.weight"].shape[1] == 64
 
 
+def test_the_vae_as_codec(tree, tmp_path):
+    """--codec sd from a file: archived moments are the VAE's, and training, preview and sampling run on them."""
+    torch.manual_seed(0)
+    vae = pretrained.AutoencoderKL(32, (1, 1), 1)
+    torch.save({f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}, tmp_path / "vae.ckpt")
+    flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + ["--vae", tmp_path / "vae.ckpt"]
+    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *flags, "--workers", 0, "--precision", "fp32")
+    shard = load_file(tmp_path / "a" / "00000.safetensors")
+    image, _ = data.load_image(tree / "00001" / "002.png", 32)
+    with torch.no_grad():
+        mean, logvar = vae.encode(image[None])
+    torch.testing.assert_close(shard["latent_mean"][6].float(), mean[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(shard["latent_logvar"][6].float(), logvar[0], atol=2e-3, rtol=2e-3)
+    call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN, "--preview_every", 6)
+    assert (tmp_path / "run" / "previews" / "step_0000006.png").exists()
+    call(sample, "--ckpt", tmp_path / "run", "--image", tree / "00001" / "002.png", "--steps", 2, "--device", "cpu",
+         "--vae", tmp_path / "vae.ckpt", "--out", tmp_path / "views")  # fmt: skip
+    assert Image.open(tmp_path / "views" / "002" / "000.png").size == (32, 32)
+
+
 def test_pairs_are_distinct_deterministic_and_cover_an_epoch():
     counts = np.array([4, 2, 12, 3])
     draws = [data.locate(position, 0, counts) for position in range(400)]
