@@ -1,7 +1,7 @@
 """Write a trained model for other codebases: zero123's own code and threestudio (.ckpt), or diffusers (a folder).
 
-python -m tools.convert --ckpt runs/full --out zero123.ckpt
-python -m tools.convert --ckpt zero123-xl.ckpt --out folder
+    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt     # trained with CLIP and --no-amalgamate
+    python -m tools.convert --ckpt zero123-xl.ckpt --out folder
 """
 
 import argparse
