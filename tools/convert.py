@@ -2,6 +2,8 @@
 
     python -m tools.convert --ckpt runs/baseline --out zero123.ckpt     # trained with CLIP and --no-amalgamate
     python -m tools.convert --ckpt zero123-xl.ckpt --out folder
+
+A model that amalgamates features has no place there, and is refused.
 """
 
 import argparse
