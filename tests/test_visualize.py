@@ -50,8 +50,9 @@ def archive(tmp_path):
     root.mkdir()
     save_file(rows, root / "00000.safetensors")
     encoder = {"name": "vit", "layers": [3, 7], "pca": None, "feature_dim": 16, "cls_dim": 8, "tokens": 16}
+    encoder |= {"weights": "random", "image_size": 64, "sha256": ""}
     manifest = {"format": data.ARCHIVE_FORMAT, "objects": ["a", "b"], "val_fraction": 0.5, "image_size": 16,
-                "encoder": encoder, "codec": {"name": "pixels", "factor": 4}, "patch_dtype": "fp16"}  # fmt: skip
+                "encoder": encoder, "codec": SpaceToDepth(4).spec()}  # fmt: skip
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root, images, patch.half().double()
 
