@@ -13,7 +13,7 @@ demo: $(VENV)/demo
 	test -e $(DEMO)/data || $(PYTHON) data.py shapes --out $(DEMO)/data --objects 512 --views 12 --size 24
 	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction v --t_sampling uniform \
-		--steps 1500 --batch_size 16 --accumulate 1 --lr 1e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.995 \
+		--steps 1200 --batch_size 16 --accumulate 1 --lr 1e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.995 \
 		--precision fp32 --log_every 25 --val_every 300 --val_pairs 64 --preview_every 0 --save_every 300 --workers 1
 	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00511/000.png --no-crop --orbit 12 --steps 20 --scale 1 \
 		--out $(DEMO)/views

@@ -545,6 +545,7 @@ def main(argv: list[str] | None = None):
     q.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
     q.add_argument("--size", type=int, default=64, help="width and height in pixels")
     q.add_argument("--seed", type=int, default=0, help="object i depends on this and i only")
+    q.add_argument("--orbit", action="store_true", help="views evenly around the object instead of anywhere")
     q.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     for command in (p, q):
         command.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
@@ -556,7 +557,7 @@ def main(argv: list[str] | None = None):
     require_positive(args, "objects", "views", "size")
     from tools.shapes import shapes  # here: the renderer imports this file, and few readers need it
 
-    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers)
+    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)
 
 
 if __name__ == "__main__":

@@ -118,10 +118,11 @@ def load_pairs(pairs: list[dict], size: int) -> dict:
 
 def sample_pairs(batch: dict, model, encoder, codec, args):
     """Yields the model's views (B,3,H,W) of a batch of pairs, --samples times; conditions are encoded once."""
-    condition = sample.condition_on(batch["cond"].to(args.device), batch["pose"].to(args.device), encoder, codec)
+    condition = sample.condition_on(batch["cond"].to(args.device), encoder, codec)
+    condition["pose"] = batch["pose"].to(args.device)
     for k in range(args.samples):
         noise = [sample.seeded(args.seed, pair["object"], pair["view"], k) for pair in batch["pairs"]]
-        latent = sample.ddim(model, condition, noise, args.steps, args.eta, args.scale, args.precision)
+        latent = sample.ddim(model, [condition], noise, **sample.sampler_flags(args))
         yield sample.decode(latent, codec)
 
 
@@ -181,7 +182,7 @@ def evaluate_checkpoint(path: str, args, metrics: dict, columns: dict) -> dict:
               "protocol": args.protocol, "pairs": len(pairs), "mse_range": [-1, 1], "psnr_ssim_range": [0, 1],
               "ssim_window": 11, "lpips_net": args.lpips if "lpips" in metrics else None,
               "torch": torch.__version__}  # fmt: skip
-    own = common | {key: getattr(args, key) for key in ("samples", "steps", "eta", "scale", "seed", "precision")}
+    own = common | sample.sampler_flags(args) | {"samples": args.samples, "seed": args.seed}
     own |= {"checkpoint": path, "weights": str(pretrained.find_weights(path)), "ema": True, "step": meta.get("step"),
             "weights_sha256": pretrained.tensor_hash(model.state_dict()), "seconds": meta.get("seconds"),
             "run_args": meta.get("args")}  # fmt: skip

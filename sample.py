@@ -1,8 +1,9 @@
-"""Generate views of an object from one image of it: DDIM (Song et al. 2020a; equation 3) with classifier-free guidance.
+"""Generate views of an object from one image of it: DDIM (Song et al. 2020a; equation 3) or DPM-Solver++(2M), guided.
 
     python sample.py --ckpt runs/demo --image photo.png --azimuth 30 60 90 --device cpu     # a CPU, small model
     python sample.py --ckpt runs/full --image photo.png --orbit 12                          # one GPU
     python sample.py --ckpt runs/full --image photos/ --azimuth 90 --elevation 20 --steps 50 --scale 3
+    python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning    # consistent views
 
 Writes OUT/<image's name>/: input.png (what the model was shown), 000.png ... (a view a pose), grid.png, orbit.gif.
 Camera moves are relative to the input view: --azimuth turns the camera counter-clockwise about the object seen from
@@ -49,6 +50,19 @@ def ddim_step(x_t, x0, eps, alpha_bar, alpha_bar_next, eta: float, noise) -> Ten
     return alpha_bar_next.sqrt() * x0 + direction + sigma * noise
 
 
+def dpm_step(x_t, x0, last_x0, alpha_bars) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), of second order by the previous step's x0, without noise.
+
+    alpha_bars: of the previous step (None at the first, which is of first order), of this one, and of the next.
+    """
+    previous, here, there = (None if ab is None else 0.5 * (ab / (1 - ab)).log() for ab in alpha_bars)  # log SNR / 2
+    h = there - here  # infinite at the first step of a schedule that ends at zero SNR
+    if last_x0 is not None:
+        x0 = x0 + 0.5 * h / (here - previous) * (x0 - last_x0)
+    shrink = ((1 - alpha_bars[2]) / (1 - alpha_bars[1])).sqrt()
+    return shrink * x_t - alpha_bars[2].sqrt() * torch.expm1(-h) * x0
+
+
 def guided_prediction(model: NovelViewModel, x_t: Tensor, t: Tensor, condition: dict, scale: float):
     """(x0, eps) under classifier-free guidance: null + scale * (conditional - null), in one batch of twice the size."""
     if scale == 1:
@@ -62,40 +76,52 @@ def guided_prediction(model: NovelViewModel, x_t: Tensor, t: Tensor, condition: 
     return predicted_x0_eps(output, x_t, t, model.alpha_bar, model.prediction)
 
 
+def draw_condition(conditions: list[dict], generators: list[torch.Generator]) -> dict[str, Tensor]:
+    """Stochastic conditioning (Watson et al. 2022, 3DiM, section 3.1): each sample draws a view, each step."""
+    if len(conditions) == 1:
+        return conditions[0]
+    drawn = [int(torch.randint(len(conditions), (), generator=generator)) for generator in generators]
+    return {key: torch.stack([conditions[j][key][b] for b, j in enumerate(drawn)]) for key in conditions[0]}
+
+
 @torch.no_grad()
 def ddim(
     model: NovelViewModel,
-    condition: dict[str, Tensor],
+    conditions: list[dict[str, Tensor]],
     generators: list[torch.Generator],
     steps: int = 50,
     eta: float = 1.0,
     scale: float = 3.0,
     precision: str = "fp32",
+    sampler: str = "ddim",
     on_step=None,
 ) -> Tensor:
     """Sample target latents (B,C,H,W), unscaled by the codec's factor still: divide by codec.scale to decode.
 
-    condition: as NovelViewModel.forward takes it, B rows; generators: a CPU generator a sample, so that a sample does
-    not depend on its batch; on_step(i, x0) is called with each step's predicted x0.
+    conditions: as NovelViewModel.forward takes them, B rows each; of several each step draws one a sample. generators:
+    a CPU generator a sample, so that a sample does not depend on its batch; sampler: "ddim", or "dpm", which has no
+    eta; on_step(i, x0) is called with each step's predicted x0.
     """
-    device = condition["latent"].device
+    device, shape = conditions[0]["latent"].device, conditions[0]["latent"].shape[1:]
 
     def noise() -> Tensor:
-        shape = condition["latent"].shape[1:]
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
     timesteps = ddim_timesteps(steps)
-    x = noise()
+    alpha_bars = [None, *model.alpha_bar[timesteps]]
+    x, last_x0 = noise(), None
     for i, t in enumerate(timesteps):
         with autocast(device, precision):
             ts = torch.full((len(x),), t, device=device)
-            x0, eps = guided_prediction(model, x, ts, condition, scale)
+            x0, eps = guided_prediction(model, x, ts, draw_condition(conditions, generators), scale)
         if on_step:
             on_step(i, x0)
         if i + 1 == steps:
             return x0
-        alpha_bar, alpha_bar_next = model.alpha_bar[t], model.alpha_bar[timesteps[i + 1]]
-        x = ddim_step(x, x0, eps, alpha_bar, alpha_bar_next, eta, noise() if eta else 0)
+        if sampler == "dpm":
+            x, last_x0 = dpm_step(x, x0, last_x0, alpha_bars[i : i + 3]), x0
+        else:
+            x = ddim_step(x, x0, eps, *alpha_bars[i + 1 : i + 3], eta, noise() if eta else 0)
 
 
 # --------------------------------------------------------------------------------------- images and poses in, views out
@@ -108,13 +134,11 @@ def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator
 
 
 @torch.no_grad()
-def condition_on(image: Tensor, pose: Tensor, encoder, codec) -> dict[str, Tensor]:
-    """The model's condition from images (B,3,H,W) in [-1,1] and camera moves (B,4)."""
+def condition_on(image: Tensor, encoder, codec) -> dict[str, Tensor]:
+    """The model's condition from images (B,3,H,W) in [-1,1], but for the camera moves ("pose")."""
     rows = encode(image, encoder, codec)
-    condition = {"latent": rows["latent_mean"], "cls": rows["cls"], "pose": pose}
-    if "patch" in rows:
-        condition["patch"] = rows["patch"]
-    return {key: value.float() for key, value in condition.items()}
+    rows["latent"] = rows.pop("latent_mean")
+    return {key: value.float() for key, value in rows.items() if key != "latent_logvar"}
 
 
 def decode(latent: Tensor, codec) -> Tensor:
@@ -139,28 +163,50 @@ def camera_moves(azimuth: list[float], elevation: list[float], distance: list[fl
     return torch.tensor(rows)
 
 
+def move_between(a: Tensor, b: Tensor) -> Tensor:
+    """The camera move (N,4) from the view at move a (4,) to those at b (N,4), all relative to the same input view."""
+    sin, cos = b[:, 1] * a[2] - b[:, 2] * a[1], b[:, 2] * a[2] + b[:, 1] * a[1]
+    return torch.stack([b[:, 0] - a[0], sin, cos, b[:, 3] - a[3]], dim=1)
+
+
 def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
 
     crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image. The
-    object is where alpha says or, without alpha, what differs from a plain background. Without crop the whole image
-    is set on a white square. Raises InputError where no object can be told from the background.
+    object is where alpha says or, without alpha, what differs from a plain background or what rembg (an optional
+    package) cuts out of another. Without crop the whole image is set on a white square. Raises InputError where no
+    object can be told from the background.
     """
-    rgb, alpha = data.composite(data.open_image(path))
+    photo = data.open_image(path)
+    rgb, alpha = data.composite(photo)
     if not crop:
         return fit(rgb, 0, size)
     if alpha.min() == 1:
         border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
         background = np.median(border, axis=0)
-        if np.abs(border - background).max(axis=1).mean() > 0.05:
-            raise InputError(f"{path}: no alpha and no plain background; cut the object out, or give --no-crop")
-        alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
-        rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
+        if np.abs(border - background).max(axis=1).mean() <= 0.05:
+            alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
+            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
+        else:
+            rgb, alpha = data.composite(remove_background(photo, path))
     rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         raise InputError(f"{path}: holds no object: it is all background")
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return fit(rgb[box], round(size * 28 / 256), size)
+
+
+def remove_background(photo: Image.Image, path: Path) -> Image.Image:
+    """The photo with its object cut out (RGBA), by rembg's default network, which it downloads when first used."""
+    try:
+        import rembg  # optional: pip install "rembg[cpu]"
+    except ImportError:
+        why = "no alpha and no plain background, and no rembg to remove it"
+        raise InputError(f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop') from None
+    try:
+        return rembg.remove(photo.convert("RGB"))
+    except Exception as error:  # its network's download fails in many ways
+        raise InputError(f"{path}: rembg could not remove the background ({' '.join(str(error).split())})") from None
 
 
 def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
@@ -209,10 +255,16 @@ def save_gif(path: Path, images: Tensor, seconds: float = 0.15) -> None:
 
 def add_sampler_flags(group) -> None:
     """Flags shared by sample.py, evaluate.py and train.py's previews."""
+    group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
     group.add_argument("--steps", type=int, default=50, help="DDIM steps (figure 1: 200; Zero-1-to-3's demo: 75)")
     group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
     group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def sampler_flags(args: argparse.Namespace) -> dict:
+    """`ddim`'s arguments from the flags."""
+    return {key: getattr(args, key) for key in ("steps", "eta", "scale", "precision", "sampler")}
 
 
 def add_checkpoint_flags(group, nargs: str | None = None) -> None:
@@ -238,6 +290,9 @@ def main() -> None:
     group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
     group = parser.add_argument_group("sampler")
     add_sampler_flags(group)
+    group.add_argument("--stochastic_conditioning", action="store_true", help="consistent views, one at a time: each "
+                       "step is conditioned on the input or an earlier view, drawn at random")  # fmt: skip
+    group.add_argument("--shared_noise", action="store_true", help="the same noise for all views of an image")
     group.add_argument("--batch_size", type=int, default=16, help="views at a time")
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="out/samples", help="folder to write")
@@ -253,12 +308,19 @@ def main() -> None:
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
 
-    with tqdm(total=len(paths) * args.steps * -(-len(poses) // args.batch_size), unit="step") as bar:
+    batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))
+    with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
         for path in paths:
             bar.set_description(path.name)
-            folder = Path(args.out) / path.stem
+            folder, trajectory = Path(args.out) / path.stem, []
             image = load_photo(path, meta["image_size"], args.crop)
-            views, trajectory = sample_views(image, poses, model, encoder, codec, args, bar)
+
+            def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
+                bar.update()
+                if i in saved_steps(args.steps, args.save_x0):
+                    trajectory.append(decode(x0, codec).cpu())
+
+            views = sample_views(image, poses, model, encoder, codec, args, on_step)
             write_views(folder, image, views, trajectory, args)
     print(f"{len(paths) * len(poses)} view(s) in {args.out}/" + (f"{paths[0].stem}/" if len(paths) == 1 else ""))
 
@@ -285,31 +347,27 @@ def save_npz(path: Path, **arrays) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, bar=None) -> tuple[Tensor, list[Tensor]]:
-    """Views (N,3,H,W) of an image (3,H,W) from poses (N,4), and args.save_x0 predicted x0 along the way, each alike.
+def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_step=None) -> Tensor:
+    """Views (N,3,H,W) of an image (3,H,W) from camera moves (N,4). View i's noise depends on (args.seed, i) alone.
 
-    View i's noise depends on (args.seed, i) alone.
+    With args.stochastic_conditioning they come one at a time, and each is conditioned on those before it, too.
     """
     device = next(model.parameters()).device
-    saved = saved_steps(args.steps, args.save_x0)
-    views, trajectories = [], []
-    once = condition_on(image[None].to(device), poses[:1].to(device), encoder, codec)
-    for first in range(0, len(poses), args.batch_size):
-        pose = poses[first : first + args.batch_size].to(device)
-        condition = {key: value.expand(len(pose), *value.shape[1:]) for key, value in once.items()} | {"pose": pose}
-        trajectory = []
-
-        def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
-            if i in saved:
-                trajectory.append(decode(x0, codec).cpu())
-            if bar is not None:
-                bar.update()
-
-        generators = [seeded(args.seed, first + i) for i in range(len(pose))]
-        latent = ddim(model, condition, generators, args.steps, args.eta, args.scale, args.precision, on_step)
-        views.append(decode(latent, codec).cpu())
-        trajectories.append(trajectory)
-    return torch.cat(views), [torch.cat(step) for step in zip(*trajectories, strict=True)]
+    poses, stochastic = poses.to(device), args.stochastic_conditioning
+    size, views = 1 if stochastic else args.batch_size, []
+    seen = [(condition_on(image[None].to(device), encoder, codec), torch.tensor([0.0, 0, 1, 0], device=device))]
+    for first in range(0, len(poses), size):
+        target = poses[first : first + size]
+        conditions = [
+            {key: value.expand(len(target), *value.shape[1:]) for key, value in shown.items()}
+            | {"pose": move_between(move, target)}
+            for shown, move in seen
+        ]
+        generators = [seeded(args.seed, 0 if args.shared_noise else first + i) for i in range(len(target))]
+        views.append(decode(ddim(model, conditions, generators, on_step=on_step, **sampler_flags(args)), codec))
+        if stochastic:
+            seen.append((condition_on(views[-1], encoder, codec), target[0]))
+    return torch.cat(views).cpu()
 
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
@@ -328,9 +386,9 @@ def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Ten
     if len(views) > 1:
         save_gif(folder / "orbit.gif", views)
     if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,), noisiest first
-        timesteps = ddim_timesteps(args.steps)
-        x0 = [[np.asarray(to_pil(view)) for view in step] for step in trajectory]
-        t = [timesteps[i] for i in saved_steps(args.steps, args.save_x0)]
+        t = [ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)]
+        steps = [torch.cat(trajectory[i :: len(t)]) for i in range(len(t))]  # they came batch by batch
+        x0 = [[np.asarray(to_pil(view)) for view in step] for step in steps]
         write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=t))
 
 

@@ -81,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
     flag("--cond_dropout", type=float, default=0.05, help="p: of the samples, 2p lose the context, 2p the condition "
          "latent, p both (Zero-1-to-3's)")  # fmt: skip
+    flag("--unconditional", action="store_true", help="null every condition: pretrains a stand-in for Stable Diffusion")
 
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
@@ -242,7 +243,7 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
     encoder, channels = frozen["encoder"], frozen["codec"]["channels"]
     torch.manual_seed(args.seed)
     try:
-        return NovelViewModel(
+        model = NovelViewModel(
             cls_dim=encoder["cls_dim"],
             prediction=args.prediction,
             in_channels=2 * channels,
@@ -260,6 +261,9 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
         )
     except ValueError as error:
         raise InputError(f"--width, --channel_mult, --heads or --image_size: {error}") from None
+    if args.unconditional:  # as --init extends Stable Diffusion's: what never sees a condition starts at zero
+        torch.nn.init.zeros_(model.unet.input_blocks[0][0].weight[:, channels:])
+    return model
 
 
 @torch.no_grad()
@@ -281,7 +285,8 @@ def held_out_loss(models: list[NovelViewModel], val_set, prepare, args, scale: f
             for row, model in zip(total, models, strict=True):
                 model.eval()
                 with autocast(device, args.precision):
-                    output = model(q_sample(scale * mean, t, noise, model.alpha_bar), t, condition)
+                    keep = 2 * [t < 0] if args.unconditional else []
+                    output = model(q_sample(scale * mean, t, noise, model.alpha_bar), t, condition, *keep)
                 row[b] += diffusion_loss(output, scale * mean, noise, t, model.alpha_bar, args.prediction).sum()
     if world > 1:
         dist.all_reduce(total)
@@ -293,7 +298,7 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
     """A grid of held-out pairs: condition | target | the EMA model's sample."""
     mean, _, condition = prepare(val_set[list(range(8))])
     generators = [sample.seeded(0, i) for i in range(8)]
-    views = sample.decode(sample.ddim(model, condition, generators, precision=args.precision), codec)
+    views = sample.decode(sample.ddim(model, [condition], generators, precision=args.precision), codec)
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
     path.parent.mkdir(exist_ok=True)
     rows = [list(row) for row in zip(*shown, views, strict=True)]
@@ -524,10 +529,12 @@ def main() -> None:
             mean, logvar, condition = prepare(batch)
             x0 = scale * (mean + (0.5 * logvar).exp() * posterior)  # a sample of the codec's posterior, scaled
             t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
-            keep_context, keep_latent = condition_dropout(u_drop, args.cond_dropout)
+            keep = condition_dropout(u_drop, args.cond_dropout)
+            if args.unconditional:
+                keep = (t < 0, t < 0)
             wrapped.require_backward_grad_sync = micro == args.accumulate - 1  # DDP's no_sync
             with autocast(device, args.precision):
-                output = wrapped(q_sample(x0, t, noise, model.alpha_bar), t, condition, keep_context, keep_latent)
+                output = wrapped(q_sample(x0, t, noise, model.alpha_bar), t, condition, *keep)
                 losses = diffusion_loss(output, x0, noise, t, model.alpha_bar, args.prediction)
             scaler.scale(losses.mean() / args.accumulate).backward()
             window += binned(losses.detach(), t)

@@ -275,7 +275,7 @@ def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
     oracle = Oracle()
     oracle.alpha_bar, oracle.prediction = alpha_bar, prediction
     generators = [sample.seeded(0, i) for i in range(2)]
-    found = sample.ddim(oracle, {"latent": x0}, generators, steps=20, eta=eta, scale=1.0)
+    found = sample.ddim(oracle, [{"latent": x0}], generators, steps=20, eta=eta, scale=1.0)
     torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
 
 

@@ -174,11 +174,13 @@ def render(primitives: list[dict], w2c: torch.Tensor, size: int, light: np.ndarr
     return (rgba * 255).round().byte().cpu().numpy(), depth.half().cpu().numpy()
 
 
-def write_object(out: Path, views: int, size: int, seed: int, device: str, digits: int, index: int) -> str:
+def write_object(out: Path, views: int, size: int, seed: int, device: str, orbit: bool, digits: int, index: int) -> str:
     """Makes and renders object `index`, which depends on (seed, index) only. Returns its name."""
     rng, folder = np.random.default_rng((seed, index)), out / f"{index:0{digits}d}"
     primitives, light = make_object(rng), rng.normal(size=3) + [0, 0, 1]
     z, phi, radius = torch.tensor(rng.uniform((-1, -math.pi, 1.5), (1, math.pi, 2.2), (views, 3))).unbind(1)
+    if orbit:  # from view 0 once around, counter-clockwise from above, 0 to 45 degrees up
+        z, phi, radius = z[0].abs() * 0.5**0.5, phi[0] + torch.arange(views) * 2 * math.pi / views, radius[0]
     w2c = look_at(torch.acos(z), phi, radius)
     rgba, depth = render(primitives, w2c, size, light / np.linalg.norm(light), device)
     folder.mkdir(parents=True)
@@ -189,7 +191,7 @@ def write_object(out: Path, views: int, size: int, seed: int, device: str, digit
     return folder.name
 
 
-def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int):
+def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int, orbit: bool = False):
     """Writes a data set of procedural objects."""
     if seed < 0:
         raise InputError(f"--seed {seed}: must not be negative")
@@ -197,7 +199,7 @@ def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: st
         raise InputError(f"--out {out}: exists and is not an empty folder")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device")
-    work = partial(write_object, out, views, size, seed, device, max(5, len(str(objects - 1))))
+    work = partial(write_object, out, views, size, seed, device, orbit, max(5, len(str(objects - 1))))
     workers = 0 if device == "cuda" else workers
     torch.set_num_threads(1)  # many small operations: threads only wait for each other; processes share the work
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
