@@ -6,9 +6,9 @@ FROZEN := --codec pixels --pixels_factor 2 --image_size 24 --encoder vit_tiny_pa
 	--layers 3 7 11 --encoder_size 64 --val_fraction 0.0625 --precision fp32
 SMALL := --width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 --context_dim 128
 
-.PHONY: demo test clean
+.PHONY: demo ablation test clean
 
-# On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 10 min 23 s on two cores.
+# On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 9 min 26 s on two cores.
 demo: $(VENV)/demo
 	test -e $(DEMO)/data || $(PYTHON) data.py shapes --out $(DEMO)/data --objects 512 --views 12 --size 24
 	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
@@ -22,6 +22,10 @@ demo: $(VENV)/demo
 		--workers 1 --grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
 	$(PYTHON) visualize.py curves $(DEMO) --out $(DEMO)/loss
 	@echo "look at: $(DEMO)/samples.png $(DEMO)/orbit.gif $(DEMO)/loss.png $(DEMO)/log.jsonl"
+
+# Table 1's and figure 6's ablations at a size that a CPU can take; the script says how to make them larger.
+ablation: $(VENV)/demo
+	PYTHON=$(PYTHON) tools/ablation.sh
 
 # What CI runs: ruff and pytest, in a virtual environment.
 test: $(VENV)/test

@@ -19,16 +19,14 @@ import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm
@@ -182,7 +180,7 @@ def look_at(theta, phi, radius) -> torch.Tensor:
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
-def _indexed(folder: Path, extensions: tuple[str, ...], names: list[str] | None = None) -> dict[int, Path]:
+def indexed(folder: Path, extensions: tuple[str, ...], names: list[str] | None = None) -> dict[int, Path]:
     """{index: path} of the files called %03d + extension, by index; of several images the first extension counts."""
     found = {}
     for name in os.listdir(folder) if names is None else names:
@@ -215,7 +213,7 @@ def list_objects(root: str | Path) -> list[str]:
             raise InputError(f"{listed}: {twice[0]!r} is listed twice")
     else:
         walk = os.walk(root, followlinks=True)  # people collect objects by symbolic links
-        names = sorted(os.path.relpath(f, root) for f, _, files in walk if _indexed(Path(f), (".npy",), files))
+        names = sorted(os.path.relpath(f, root) for f, _, files in walk if indexed(Path(f), (".npy",), files))
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
     return names
@@ -224,7 +222,7 @@ def list_objects(root: str | Path) -> list[str]:
 def list_views(root: str | Path, name: str) -> list[tuple[Path, Path]]:
     """(image, npy) of one object's views that have both, by index. InputError if the folder cannot be read."""
     try:
-        images, poses = _indexed(Path(root, name), IMAGE_EXTENSIONS), _indexed(Path(root, name), (".npy",))
+        images, poses = indexed(Path(root, name), IMAGE_EXTENSIONS), indexed(Path(root, name), (".npy",))
     except OSError as error:
         raise InputError(f"{Path(root, name)}: unreadable folder ({error.strerror})") from None
     return [(images[index], poses[index]) for index in images if index in poses]
@@ -236,71 +234,6 @@ def split_objects(names: list[str], val_fraction: float, split: str) -> list[str
         raise InputError(f"--val_fraction {val_fraction}: expected a number from 0 to 1")
     n_train = math.floor((1 - Fraction(str(float(val_fraction)))) * len(names))  # exact: 1 - .9 of 10 is 1, not 0
     return {"train": names[:n_train], "val": names[n_train:], "all": list(names)}[split]
-
-
-# ---- check -----------------------------------------------------------------------------------------------------------
-
-NOTES = ("image without alpha", "nothing visible in image", "image not square", "pose looks like camera-to-world",
-         "object behind camera (OpenCV axes?)", "camera does not look at the origin")  # fmt: skip
-SUMMARY = "an object is sound if it has two sound views or more, and all views that have image and pose are readable"
-
-
-def check_pose(pose: np.ndarray, tolerance: float = 5) -> str | None:
-    """The note that a rigid (3,4) deserves, if any; tolerance in degrees.
-
-    b, the origin seen from a world-to-camera, is (0,0,-r); read as camera-to-world, -A^T b is. OpenCV's is (0,0,r).
-    """
-    w2c, c2w = (math.degrees(math.atan2(math.hypot(x, y), -z)) for x, y, z in (pose[:, 3], -pose[:, 3] @ pose[:, :3]))
-    return None if w2c <= tolerance else NOTES[3 if c2w <= tolerance else 4 if w2c >= 180 - tolerance else 5]
-
-
-def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int, bool]:
-    """-> name, [(finding, path)], number of sound views, whether the object is sound."""
-
-    def check_image(path):
-        image = open_image(path)
-        low, high = image.convert("RGBA").getchannel("A").getextrema()
-        return [n for n, so in zip(NOTES, (low == 255, high == 0, image.width != image.height), strict=False) if so]
-
-    folder, findings, n_sound, n_bad = Path(root, name), [], 0, 0
-    try:
-        images, poses = _indexed(folder, IMAGE_EXTENSIONS), _indexed(folder, (".npy",))
-    except OSError:
-        return name, [("missing folder", str(folder))], 0, False
-    findings += [("missing pose", path) for index, path in images.items() if index not in poses]
-    findings += [("missing image", path) for index, path in poses.items() if index not in images]
-    for index in sorted(images.keys() & poses.keys()):
-        bad = False
-        for path, test in ((images[index], check_image), (poses[index], lambda p: [check_pose(read_pose(p))])):
-            try:
-                findings += [(note, path) for note in test(path) if note]
-            except InputError as error:
-                findings.append((str(error).removeprefix(f"{path}: ").split(" (")[0], path))
-                bad = True
-        n_sound, n_bad = n_sound + (not bad), n_bad + bad
-    findings += [("fewer than two sound views", folder)] if n_sound < 2 else []
-    return name, [(kind, str(path)) for kind, path in findings], n_sound, n_sound >= 2 and not n_bad
-
-
-def check(root: Path, workers: int) -> int:
-    """Prints what is wrong with a tree; writes its valid_paths.json if it has none. Returns the number of defects."""
-    names, counts, first, sound, views = list_objects(root), Counter(), defaultdict(list), [], 0
-    # The DataLoader as an ordered parallel map: collate_fn runs in the workers.
-    loader = DataLoader(names, batch_size=None, collate_fn=partial(check_object, root), num_workers=workers)
-    for name, findings, n_sound, is_sound in tqdm(loader, desc="check", unit="object"):
-        views += n_sound
-        sound += [name] if is_sound else []
-        for kind, path in findings:
-            counts[kind] += 1
-            first[kind] += [path] if len(first[kind]) < 3 else []
-    print(f"{root}: {len(names)} objects, {len(sound)} of them sound; {views} sound views")
-    for kind in sorted(counts, key=lambda kind: (kind in NOTES, -counts[kind])):
-        title, more = "note" if kind in NOTES else "defect", ", ..." * (counts[kind] > 3)
-        print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{more})")
-    if not (root / "valid_paths.json").exists() and sound:
-        write_list(root, sound)
-        print(f"wrote valid_paths.json with {len(sound)} objects")
-    return sum(count for kind, count in counts.items() if kind not in NOTES)
 
 
 def write_list(root: Path, names: list[str]):
@@ -406,14 +339,14 @@ def read_manifest(root: str) -> dict:
         raise InputError(f"{path}: not an archive's manifest ({type(error).__name__}: {error})") from None
     if version != ARCHIVE_FORMAT:
         raise InputError(f"{path}: archive format {version}, this code reads {ARCHIVE_FORMAT}")
-    missing = {"val_fraction", "image_size", "encoder", "codec"} - manifest.keys()
-    if missing or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: not an archive's manifest (missing or malformed: {', '.join(missing) or 'objects'})")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: malformed metadata, objects")
     check_specs(path, manifest)
     return manifest
 
 
 SPECS = {
+    "": {"image_size": int, "val_fraction": float},
     "encoder": {"name": str, "weights": str, "layers": list, "image_size": int, "cls_dim": int, "feature_dim": int,
                 "tokens": int, "sha256": str},
     "codec": {"name": str, "channels": int, "factor": int, "scale": float, "sha256": str},
@@ -425,20 +358,15 @@ def check_specs(path: Path, meta: dict) -> None:
 
     Raises InputError naming the file.
     """
-    specs = [("", {"image_size": int, "val_fraction": float}, meta)]
-    specs += [(f"{part} ", kinds, meta[part]) for part, kinds in SPECS.items()]
-    for part, kinds, spec in specs:
+    for part, kinds in SPECS.items():
+        spec = meta.get(part) if part else meta
         for key, kind in kinds.items():
             value = spec.get(key) if isinstance(spec, dict) else None
-            ok = type(value) in ((int, float) if kind is float else (kind,))
-            if ok and kind is int:
-                ok = (key != "feature_dim") <= value <= (4096 if "size" in key else 2**20)
-            elif ok and kind is float:
-                ok = 0 <= value <= 1000
-            elif ok and kind is list:
-                ok = all(type(each) is int for each in value)
-            if not ok:
-                raise InputError(f"{path}: malformed metadata, {part}{key} {str(value)[:50]!r}")
+            ok = type(value) is kind or (kind is float and type(value) is int)
+            if ok and kind in (int, float):
+                ok = (kind is int and key != "feature_dim") <= value <= (4096 if "size" in key else 2**20)
+            if not ok or (kind is list and any(type(each) is not int for each in value)):
+                raise InputError(f"{path}: malformed metadata, {part} {key} {str(value)[:50]!r}")
     codec = meta["codec"]
     if meta["image_size"] % codec["factor"] or not isinstance(codec.get("source"), (str, type(None))):
         raise InputError(f"{path}: malformed metadata, codec {str(codec)[:200]}")
@@ -465,10 +393,11 @@ class Archive(torch.utils.data.Dataset):
     Returns {"target_mean", "target_logvar" (B,C,h,w), "latent" (B,C,h,w), "cls" (B,D), "patch" (B,T,K), "pose" (B,4)}:
     the target's posterior moments, and the condition's latent (posterior mode, unscaled), features and camera move.
     Reads only the rows it needs, through one memory map a shard and process. fp8 patches come as they lie on disk.
+    images: the tree that was archived, to give "cond" (B,3,H,W), the condition's image, in place of its features.
     """
 
-    def __init__(self, root: str, split: str, seed: int = 0):
-        self.root, self.seed, self.handles = root, seed, {}
+    def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None):
+        self.root, self.seed, self.images, self.handles = root, seed, images, {}
         self.manifest = read_manifest(root)
         names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
         side = self.manifest["image_size"] // codec["factor"]
@@ -514,8 +443,17 @@ class Archive(torch.utils.data.Dataset):
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
 
+    def image(self, index: int, view: int) -> torch.Tensor:
+        """The image (3,H,W) that a view was archived of. Raises InputError."""
+        views = list_views(self.images, self.names[index])
+        if len(views) != self.rows[index, 2]:
+            what = f"{len(views)} views, {self.root} has {self.rows[index, 2]}"
+            raise InputError(f"--data {Path(self.images) / self.names[index]}: {what}")
+        return load_image(views[view][0], self.manifest["image_size"])[0]
+
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        cond_keys = ("latent_mean", "cls", "pose") + (("patch",) if self.manifest["encoder"]["feature_dim"] else ())
+        patch = self.manifest["encoder"]["feature_dim"] and not self.images
+        cond_keys = ("latent_mean", "cls", "pose") + (("patch",) if patch else ())
         rows = []
         for position in positions:
             index, cond, target = locate(position, self.seed, self.rows[:, 2])
@@ -523,8 +461,8 @@ class Archive(torch.utils.data.Dataset):
             t = self.view(index, target, ("latent_mean", "latent_logvar", "pose"))
             row = {"target_mean": t["latent_mean"], "target_logvar": t["latent_logvar"]}
             row |= {"latent": c["latent_mean"], "cls": c["cls"], "pose": relative_pose(c["pose"], t["pose"])}
-            if "patch" in c:
-                row["patch"] = c["patch"]
+            row |= {"patch": c["patch"]} if patch else {}
+            row |= {"cond": self.image(index, cond)} if self.images else {}
             rows.append(row)
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -532,10 +470,12 @@ class Archive(torch.utils.data.Dataset):
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None):
+def main() -> None:
     parser = argparse.ArgumentParser(description="Validate posed images, or make some up.")
     commands = parser.add_subparsers(dest="command", required=True)
-    text = f"Validate a tree; exit code 1 if it has defects. Write its valid_paths.json if it has none: {SUMMARY}."
+    text = (
+        "Validate a tree; exit code 1 if it has defects. Write its valid_paths.json, of what is sound, if it has none."
+    )
     p = commands.add_parser("check", help="validate a tree", description=text, formatter_class=HelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
     text = "Render procedural objects: RGBA, poses and depth."
@@ -549,14 +489,15 @@ def main(argv: list[str] | None = None):
     q.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     for command in (p, q):
         command.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must not be negative")
+    from tools.check import check  # here: they import this file, and few readers need them
+    from tools.shapes import shapes
+
     if args.command == "check":
         sys.exit(int(check(args.data, args.workers) > 0))
     require_positive(args, "objects", "views", "size")
-    from tools.shapes import shapes  # here: the renderer imports this file, and few readers need it
-
     shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)
 
 

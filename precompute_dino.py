@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,12 @@ from data import InputError
 # ------------------------------------------------------------------------------------------- shared with train, sample
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for a --device flag: "auto" is this process's GPU where there is one. Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.device, int, int]:
+    """(device, rank, world size) by --device and torchrun, whose process group is joined; --precision's default, TF32.
+
+    "auto" is this process's GPU where there is one. Raises InputError naming --device.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -52,7 +55,22 @@ def pick_device(name: str) -> torch.device:
             raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    return device
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    dist.init_process_group(backend, timeout=timedelta(days=2) if backend == "gloo" else None)
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def pick_device(name: str) -> torch.device:  # TEMPORARY: set_up takes its place
+    args = argparse.Namespace(device=name, precision="fp32")
+    rank = os.environ.pop("RANK", None)
+    try:
+        return set_up(args)[0]
+    finally:
+        if rank is not None:
+            os.environ["RANK"] = rank
 
 
 def autocast(device: torch.device, precision: str):
@@ -79,19 +97,12 @@ def add_encoder_flags(group) -> None:
     group.add_argument("--encoder", default=pretrained.DINOV2, help="a timm ViT (3.3; CLIP for Zero-1-to-3's baseline)")
     group.add_argument("--weights", default="pretrained", help="encoder's weights: pretrained, random, or a file")
     group.add_argument("--encoder_size", type=int, default=224, help="the encoder's input in pixels: 16x16 patches")
-    group.add_argument(
-        "--layers",
-        type=int,
-        nargs="*",
-        default=[5, 11, 17, 23],
-        help="encoder blocks whose patch features are kept, from shallow to deep (3.3 gives no numbers; ours)",
-    )
+    group.add_argument("--layers", type=int, nargs="*", default=[5, 11, 17, 23], help="encoder blocks whose patch "
+                       "features are kept, from shallow to deep (3.3 gives no numbers; ours)")  # fmt: skip
     group.add_argument("--codec", choices=["sd", "pixels"], default="sd", help="SD's VAE, or lossless space-to-depth")
     group.add_argument("--pixels_factor", type=int, default=4, help="downsampling of --codec pixels")
     group.add_argument("--vae", help="weights of --codec sd: any Stable Diffusion checkpoint or VAE, or a hub name")
-    group.add_argument(
-        "--val_fraction", type=float, default=0.01, help="share of objects held out, the last ones (4.1)"
-    )
+    group.add_argument("--val_fraction", type=float, default=0.01, help="share of objects held out, the last (4.1)")
 
 
 def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[str, Tensor] | None = None):
@@ -200,17 +211,18 @@ def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.d
     """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU."""
     with autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
-    patch_dtype = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}[args.patch_dtype]
-    limit = {"fp16": 65504.0, "fp8": 448.0}
     out = {}
     for key, value in rows.items():
-        form = args.patch_dtype if key == "patch" else "fp16"
-        value = value.float().clamp(-limit[form], limit[form])  # a cast to fp8 saturates to NaN otherwise
-        out[key] = value.to(patch_dtype if key == "patch" else torch.float16).cpu()
-    grid = round(encoder.tokens**0.5)
-    cover = F.adaptive_avg_pool2d(batch["alpha"][:, None], grid).flatten(1)
-    alpha = (255 * cover).round().to(torch.uint8)
+        dtype = torch.float8_e4m3fn if key == "patch" and args.patch_dtype == "fp8" else torch.float16
+        limit = torch.finfo(dtype).max
+        out[key] = value.float().clamp(-limit, limit).to(dtype).cpu()  # a cast to fp8 saturates to NaN otherwise
+    alpha = (255 * patch_cover(batch["alpha"], encoder.tokens)).round().to(torch.uint8)
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
+
+
+def patch_cover(alpha: Tensor, tokens: int) -> Tensor:
+    """The object's cover of each patch: alpha (V,H,W) in [0,1] -> (V,T)."""
+    return F.adaptive_avg_pool2d(alpha[:, None], round(tokens**0.5)).flatten(1)
 
 
 def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
@@ -221,9 +233,7 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
             continue
         with autocast(device, args.precision):
             patch = encoder(batch["image"].to(device))[1].double()
-        grid = round(encoder.tokens**0.5)
-        cover = F.adaptive_avg_pool2d(batch["alpha"][:, None], grid).flatten(1).to(device)
-        tokens = patch[cover > 0.5]  # (foreground tokens, K0)
+        tokens = patch[patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5]  # of the foreground, (n, K0)
         count, total, outer = count + len(tokens), total + tokens.sum(0), outer + tokens.T @ tokens
     if count < args.pca:
         raise InputError(f"--pca {args.pca}: only {count} foreground tokens in the sampled training objects")
@@ -232,6 +242,18 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
     kept = variance[-args.pca :].sum() / variance.sum()
     print(f"PCA to {args.pca} of {len(mean)} channels keeps {kept:.1%} of the foreground tokens' variance")
     return {"mean": mean.float().cpu(), "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu()}
+
+
+def storage_error(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> float:
+    """Of a batch's patch features as archived (PCA, fp8): the error's root mean square over that of the features."""
+    stored = encode_views(batch, encoder, codec, args, device)["patch"].to(device).float()
+    if encoder.pca is not None:
+        stored = stored @ encoder.pca.T + encoder.pca_mean
+    pca, encoder.pca = encoder.pca, None
+    with autocast(device, args.precision):
+        exact = encoder(batch["image"].to(device))[1]
+    encoder.pca = pca
+    return ((stored - exact).norm() / exact.norm()).item()
 
 
 def bytes_per_view(encoder, codec, args) -> int:
@@ -280,7 +302,7 @@ def open_manifest(args, encoder, codec, names: list[str]) -> None:
         "image_size": args.image_size,
         "val_fraction": args.val_fraction,
         "encoder": encoder.spec(),
-        "codec": codec.spec(),
+        "codec": pretrained.codec_spec(codec),
         "objects": names,
     }
     path = Path(args.archive) / "manifest.json"
@@ -331,14 +353,11 @@ def main() -> None:
     args = parser.parse_args()
     data.require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
+    device, rank, world = set_up(args)  # the ranks only wait: for what rank 0 settles, and at the end
     names = data.list_objects(args.data)
     train = data.split_objects(names, args.val_fraction, "train")
     held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (closing it would let go)
     check_flags(args, names)
-    if world > 1:
-        dist.init_process_group("gloo")  # the ranks only wait: for what rank 0 settles, and for one another at the end
 
     members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
                for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
@@ -360,6 +379,10 @@ def main() -> None:
     if rank == 0:
         open_manifest(args, encoder, codec, names)
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
+        if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
+            batch = next(iter(load_views({0: train[:8]}, args)))
+            error = storage_error(batch, encoder, codec, args, device)
+            print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
     if world > 1:
         dist.barrier()
 

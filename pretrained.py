@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data import InputError, check_specs
 from model import NovelViewModel
+from tools.formats import LEFTOVERS, PREFIX, Inert, clip_to_timm, count, infer_args, to_ldm
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
@@ -39,11 +40,6 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
-
-
-def count(names, pattern: str) -> int:
-    """How many different values the pattern's group takes at the start of the names."""
-    return len({match[1] for match in map(re.compile(pattern).match, names) if match})
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
@@ -125,11 +121,11 @@ class AutoencoderKL(nn.Module):
     decode: unscaled latent -> image. `load_autoencoder` freezes it.
     """
 
-    scale = 0.18215
+    name, scale, source = "sd", 0.18215, None
 
     def __init__(self, ch: int = 128, ch_mult=(1, 2, 4, 4), num_res_blocks: int = 2, z_channels: int = 4):
         super().__init__()
-        self.channels, self.factor, self.source = z_channels, 2 ** (len(ch_mult) - 1), None
+        self.channels, self.factor = z_channels, 2 ** (len(ch_mult) - 1)
         widths = [ch * mult for mult in ch_mult]
         self.encoder = VAEHalf(3, ch, widths, num_res_blocks, 2 * z_channels, down=True)
         self.decoder = VAEHalf(z_channels, widths[-1], widths[::-1], num_res_blocks + 1, 3, down=False)
@@ -143,15 +139,11 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def spec(self) -> dict:
-        """What an archive or a checkpoint notes of this codec, fit for json."""
-        return codec_spec(self, "sd") | {"source": self.source}
-
 
 class SpaceToDepth(nn.Module):
     """The lossless codec without weights: f x f pixels become 3 f² channels. AutoencoderKL's interface."""
 
-    scale = 1.0
+    name, scale, source = "pixels", 1.0, None
 
     def __init__(self, factor: int = 4):
         super().__init__()
@@ -164,12 +156,10 @@ class SpaceToDepth(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return F.pixel_shuffle(z, self.factor)
 
-    def spec(self) -> dict:
-        return codec_spec(self, "pixels") | {"source": None}
 
-
-def codec_spec(codec: nn.Module, name: str) -> dict:
-    spec = {"name": name, "channels": codec.channels, "factor": codec.factor, "scale": codec.scale}
+def codec_spec(codec: nn.Module) -> dict:
+    """What an archive or a checkpoint notes of a codec, fit for json."""
+    spec = {key: getattr(codec, key) for key in ("name", "channels", "factor", "scale", "source")}
     return spec | {"sha256": tensor_hash(codec.state_dict())}
 
 
@@ -216,6 +206,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.name, self.layers, self.image_size, self.clip = name, list(layers), image_size, "_clip_" in name
         self.source = weights if isinstance(weights, str) else "saved"
+        if weights == "random":
+            torch.manual_seed(0)  # the same in every process
         try:  # on "meta" where weights follow, for initialising a ViT-L takes ten seconds
             with torch.device("cpu" if weights == "random" else "meta"):
                 vit = timm.create_model(name, **(args if self.clip else {"num_classes": 0} | args))
@@ -292,8 +284,9 @@ def plain_norm(x: Tensor) -> Tensor:
 def load_vit(vit: nn.Module, name: str, weights: str) -> None:
     """Fill a timm ViT of its pretraining's size, in float32; weights as in ImageEncoder."""
     if weights == "pretrained":
-        repo, file = vit.pretrained_cfg.get("hf_hub_id") or name, vit.pretrained_cfg.get("hf_hub_filename")
-        weights = from_hub(repo, file or "model.safetensors", "it to --weights (sample.py: --encoder_weights)")
+        repo = vit.pretrained_cfg.get("hf_hub_id") or name
+        file = vit.pretrained_cfg.get("hf_hub_filename") or "model.safetensors"
+        weights = from_hub(repo, [file], "it to --weights (sample.py: --encoder_weights)") / file
     tensors = read_weights(weights, ("image_encoder",)) if Path(weights).is_dir() else read_tensors(weights)
     tensors = {re.sub(r"^cond_stage_model\.(model\.)?", "", k): v for k, v in tensors.items()}
     state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
@@ -303,132 +296,7 @@ def load_vit(vit: nn.Module, name: str, weights: str) -> None:
         raise InputError(f"--weights {weights}: no {name} in it ({one_line(error)})") from None
 
 
-CLIP_NAMES = [line.split() for line in """
-    conv1                   embeddings.patch_embedding            patch_embed.proj
-    positional_embedding    embeddings.position_embedding.weight  pos_embed
-    class_embedding         embeddings.class_embedding            cls_token
-    transformer.resblocks.  encoder.layers.                       blocks.
-    ln_pre.                 pre_layrnorm.                         norm_pre.
-    ln_post.                post_layernorm.                       norm.
-    ln_1.                   layer_norm1.                          norm1.
-    ln_2.                   layer_norm2.                          norm2.
-    attn.in_proj_           self_attn.qkv_proj.                   attn.qkv.
-    attn.out_proj.          self_attn.out_proj.                   attn.proj.
-    mlp.c_fc.               mlp.fc1.                              mlp.fc1.
-    mlp.c_proj.             mlp.fc2.                              mlp.fc2.""".strip().splitlines()]  # fmt: skip
-"""CLIP's vision tower in OpenAI's names (`visual.`), transformers' (`vision_model.`) and timm's."""
-
-
-def clip_to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIP names -> timm's. All else passes unchanged: timm itself converts OpenAI's CLIP and DINOv2."""
-    if "visual_projection.weight" not in tensors:
-        return dict(tensors)
-    head = tensors["visual_projection.weight"]
-    result = {"head.weight": head, "head.bias": torch.zeros(len(head))}
-    for name, tensor in tensors.items():
-        if ".q_proj." in name:
-            tensor = torch.cat([tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
-            name = name.replace("q_proj", "qkv_proj")
-        elif "class_embedding" in name or "position_embedding.weight" in name:
-            tensor = tensor.reshape(1, -1, tensor.shape[-1])
-        for _, theirs, timms in CLIP_NAMES:
-            name = name.replace(f"vision_model.{theirs}", timms).replace(f".{theirs}", f".{timms}")
-        result[name] = tensor
-    return result
-
-
-# -------------------------------------------------------------------------------------------------- diffusers' names
-
-
-def pairs(ours: str, theirs: str) -> list[tuple[str, str]]:
-    return list(zip(ours.split(), theirs.split(), strict=True))
-
-
-UNET_FIXED = pairs(
-    "time_embed.0 time_embed.2 input_blocks.0.0", "time_embedding.linear_1 time_embedding.linear_2 conv_in"
-)
-UNET_FIXED += pairs("middle_block.0 middle_block.1", "mid_block.resnets.0 mid_block.attentions.0")
-UNET_FIXED += pairs("middle_block.2 out.0 out.2", "mid_block.resnets.1 conv_norm_out conv_out")
-UNET_LAYERS = pairs("in_layers.0 in_layers.2 emb_layers.1", "norm1 conv1 time_emb_proj")
-UNET_LAYERS += pairs("out_layers.0 out_layers.3 skip_connection", "norm2 conv2 conv_shortcut")
-VAE_LAYERS = pairs("nin_shortcut norm q k v proj_out", "conv_shortcut group_norm to_q to_k to_v to_out.0")
-VAE_LAYERS += pairs("q k v proj_out", "query key value proj_attn")  # old diffusers'
-
-
-def translate(names, prefixes, layers, back: bool) -> dict[str, str]:
-    """{name: translation} by (LDM, diffusers) prefixes and layers behind them, dots left out; unknown names stay."""
-    order, result = -1 if back else 1, {name: name for name in names}
-    prefixes, layers = ([[f"{part}." for part in pair[::order]] for pair in table] for table in (prefixes, layers))
-    for name in result:
-        for old, new in (pair for pair in prefixes if name.startswith(pair[0])):
-            rest = name.removeprefix(old)
-            layer = next((pair for pair in layers if rest.startswith(pair[0])), ("", ""))
-            result[name] = new + layer[1] + rest.removeprefix(layer[0])
-    return result
-
-
-def unet_names(names, back: bool = False) -> dict[str, str]:
-    """{LDM's name: diffusers'} of a UNet's parameters, of any shape; back: {diffusers': LDM's}."""
-    levels = count(names, r"up_blocks\.(\d+)") if back else 1 + count(names, r"input_blocks\.(\d+)\.0\.op")
-    decoder = count(names, r"up_blocks\.(\d+\.resnets\.\d+)") if back else count(names, r"output_blocks\.(\d+)")
-    blocks, table = (
-        decoder // max(levels, 1),
-        list(UNET_FIXED),
-    )  # blocks of a level in the decoder, one more than before
-    for i in range(decoder):
-        level, j = divmod(i, blocks)
-        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
-        table += [(f"output_blocks.{i}.0", f"{up}.resnets.{j}"), (f"output_blocks.{i}.1", f"{up}.attentions.{j}")]
-        table += [
-            (f"input_blocks.{i + 1}.0", f"{down}.resnets.{j}"),
-            (f"input_blocks.{i + 1}.1", f"{down}.attentions.{j}"),
-        ]
-        if j == blocks - 1:  # the upsampling comes behind the transformer, if there is one
-            k = 2 if {f"{up}.attentions.0.norm.weight", f"output_blocks.{i}.1.norm.weight"} & set(names) else 1
-            table += [(f"output_blocks.{i}.{k}.conv", f"{up}.upsamplers.0.conv")]
-            table += [(f"input_blocks.{i + 1}.0.op", f"{down}.downsamplers.0.conv")]
-    return translate(names, table, UNET_LAYERS, back)
-
-
-def vae_names(names, back: bool = False) -> dict[str, str]:
-    """{LDM's name: diffusers'} of an autoencoder's parameters, of any shape; back: {diffusers', new or old: LDM's}."""
-    levels, table = count(names, r"encoder\.down(?:_blocks)?\.(\d+)"), []
-    blocks = count(names, r"decoder\.up(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)")
-    for side, way in (("encoder", "down"), ("decoder", "up")):
-        table += [(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}") for i in (0, 1)]
-        table += [
-            (f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"),
-            (f"{side}.norm_out", f"{side}.conv_norm_out"),
-        ]
-        for i in range(levels):  # LDM numbers the decoder's levels from fine to coarse
-            ours, theirs = f"{side}.{way}.{i if way == 'down' else levels - 1 - i}", f"{side}.{way}_blocks.{i}"
-            table += [(f"{ours}.block.{j}", f"{theirs}.resnets.{j}") for j in range(blocks)]
-            table += [(f"{ours}.{way}sample", f"{theirs}.{way}samplers.0")]
-    return translate(names, table, VAE_LAYERS, back)
-
-
 # ----------------------------------------------------------------------------------------------- reading checkpoints
-
-# diffusers' folders: LDM's prefixes
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "cc_projection": "cc_projection."}
-PREFIX["image_encoder"] = "cond_stage_model."
-# What Lightning and numpy leave in a checkpoint beside tensors. None of it is wanted, and none of it is run.
-LEFTOVERS = [
-    *(f"pytorch_lightning.callbacks.{name}" for name in ("base.Callback", "early_stopping.EarlyStopping")),
-    *(f"{pl}.callbacks.model_checkpoint.ModelCheckpoint" for pl in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
-]
-
-
-class Inert:
-    """Stands for all of LEFTOVERS: takes any arguments and state, does nothing."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -457,25 +325,6 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def to_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A single model's tensors under LDM's names and prefix, told by the names; a whole LDM checkpoint unchanged."""
-    if "unet.time_embed.0.weight" in tensors:  # our own
-        return {re.sub("^unet\\.", PREFIX["unet"], name): tensor for name, tensor in tensors.items()}
-    marks = {"time_embedding.linear_1.weight": "unet", "time_embed.0.weight": "unet", "encoder.conv_in.weight": "vae"}
-    marks |= {"visual_projection.weight": "image_encoder", "projection.weight": "cc_projection"}  # zero123-hf's
-    kind = next((kind for mark, kind in marks.items() if mark in tensors), None)
-    names = {k: k.removeprefix("projection.") for k in tensors}
-    if "time_embedding.linear_1.weight" in tensors:
-        names = unet_names(tensors, back=True)
-    elif "encoder.conv_norm_out.weight" in tensors:
-        names = vae_names(tensors, back=True)
-    result = {PREFIX.get(kind, "") + names[k]: v for k, v in tensors.items()}
-    for name, tensor in result.items():  # diffusers' attention in the autoencoder is linear, LDM's 1x1 convolutions
-        if ".mid.attn_1." in name and tensor.ndim == 2:
-            result[name] = tensor[:, :, None, None]
-    return result
-
-
 def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> dict[str, Tensor]:
     """Weights of Stable Diffusion 1.x, zero123 or their like under LDM's names, whatever holds them.
 
@@ -488,7 +337,7 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
         path = find_weights(path)
     if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
-        path = Path(from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path"))
+        path = from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path")
     tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
     for folder in ("", *parts) if path.is_dir() else ():
         files = [*(path / folder).glob("*.safetensors")] or [*(path / folder).glob("*.bin")]
@@ -509,8 +358,8 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     return {k: v for k, v in tensors.items() if k.startswith(tuple(PREFIX[part] for part in parts))}
 
 
-def from_hub(repo: str, files: str | list[str], flag: str) -> str:
-    """Local path of a file in a hub repository, or of a snapshot with the files that patterns match."""
+def from_hub(repo: str, patterns: list[str], flag: str) -> Path:
+    """The folder of a hub repository's snapshot, with the files that match. Raises InputError."""
     import huggingface_hub as hub
     from huggingface_hub.utils import get_session
 
@@ -520,12 +369,10 @@ def from_hub(repo: str, files: str | list[str], flag: str) -> str:
     except Exception:  # of whichever HTTP library it uses
         offline = True
     try:
-        if isinstance(files, str):
-            return hub.hf_hub_download(repo, files, local_files_only=offline)
-        return hub.snapshot_download(repo, allow_patterns=files, local_files_only=offline)
+        return Path(hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
     except (OSError, ValueError) as error:
         what = f"{repo}: neither here nor to be had from the hub ({type(error).__name__})"
-        names = files if isinstance(files, str) else ", ".join(files[::2])
+        names = ", ".join(patterns[:: max(1, len(patterns) // 4)])
         raise InputError(f"{what}: fetch https://huggingface.co/{repo} ({names}) and give {flag}") from None
 
 
@@ -545,16 +392,15 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     amalgamation = given.get("amalgamation.weight")  # ours; of another encoder it is left out
     if amalgamation is not None and own.get("amalgamation.weight", amalgamation).shape != amalgamation.shape:
         del given["amalgamation.weight"]
-    for name in (k for k in own if k in given):
+    for name in own.keys() & given.keys():
         linear = name.endswith((".proj_in.weight", ".proj_out.weight")) and given[name].ndim == 2  # LDM's: 1x1 conv
         ready[name] = given[name][:, :, None, None] if linear else given[name]
         if ready[name].shape != own[name].shape:
             wrong.append(f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}")
     missing, left = [k for k in own if k not in ready], [k for k in given if k not in own]
-    total = sum(v.numel() for k, v in own.items() if k != "amalgamation.weight")
-    covered = sum(own[k].numel() for k in ready) / total
+    covered = sum(own[k].numel() for k in ready) / sum(v.numel() for k, v in own.items() if k != "amalgamation.weight")
     if wrong:
-        raise InputError(f"--init: {len(wrong)} tensors of other shapes than the UNet's: {', '.join(wrong[:3])}")
+        raise InputError(f"--init: {len(wrong)} tensors are of other shapes: {', '.join(sorted(wrong)[:3])}")
     if covered < 0.9:
         raise InputError(f"--init: holds {covered:.0%} of the UNet, no {', '.join(missing[:3])}; is it SD 1.x?")
     for name, tensor in ready.items():
@@ -592,8 +438,11 @@ def checksum(meta: dict, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256((json.dumps(meta) + tensor_hash(tensors)).encode()).hexdigest()
 
 
-def read_meta(path: Path) -> dict | None:
-    """The metadata that `save_model` wrote, checked; None where the file is another program's. Raises InputError."""
+def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
+    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
+
+    Raises InputError where it is damaged, or its parts don't fit together.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("efficient_3dim")
@@ -605,17 +454,8 @@ def read_meta(path: Path) -> dict | None:
     if not isinstance(meta, dict) or meta.get("format") != CHECKPOINT_FORMAT:
         form = meta.get("format") if isinstance(meta, dict) else "unknown"
         raise InputError(f"{path}: checkpoint format {form}, this code reads {CHECKPOINT_FORMAT}")
-    if missing := {"model", "encoder", "codec", "image_size", "val_fraction"} - meta.keys():
-        raise InputError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
     check_specs(path, meta)
-    return meta
-
-
-def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel]:
-    """(metadata, all tensors, the model) of a model.safetensors. Raises InputError where they don't fit together."""
-    meta, tensors = read_meta(path), read_tensors(path)
-    if meta is None:
-        raise InputError(f"{path}: not a checkpoint of this code")
+    tensors = read_tensors(path)
     digest = checksum({key: value for key, value in meta.items() if key != "sha256"}, tensors)
     if meta.get("sha256", digest) != digest:
         raise InputError(f"{path}: damaged, its checksum does not match")
@@ -675,9 +515,8 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
     weights = source or saved or spec["weights"]
     encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
     if encoder.spec() | {"weights": spec["weights"]} != {"pca": None} | spec:
-        raise InputError(
-            f"--encoder_weights {source or spec['weights']}: not the {spec['name']} that the model was trained with"
-        )
+        what = f"{source or spec['weights']}: not the {spec['name']}"
+        raise InputError(f"--encoder_weights {what} that the model was trained with")
     return encoder
 
 
@@ -685,38 +524,17 @@ def open_codec(spec: dict, source: str | None = None) -> nn.Module:
     """The codec of a spec, from --vae or from where it came. Raises InputError."""
     source = source or spec.get("source")
     codec = load_codec(spec["name"], source, spec["factor"])
-    if codec.spec() | {"source": None} != spec | {"source": None}:
+    if codec_spec(codec) | {"source": None} != spec | {"source": None}:
         raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec
-
-
-def infer_args(weights: dict[str, Tensor]) -> dict:
-    """NovelViewModel's arguments from a zero123 checkpoint's shapes; the number of heads leaves none: SD 1.x's 8."""
-    shapes = {k.removeprefix(PREFIX["unet"]): tuple(v.shape) for k, v in weights.items()}
-    projection = shapes.get("cc_projection.weight")
-    if "input_blocks.0.0.weight" not in shapes or not projection:
-        raise InputError("--ckpt: neither ours nor zero123's: no UNet with a cc_projection in it")
-    width, channels = shapes["input_blocks.0.0.weight"][:2]
-    stages = 1 + count(shapes, r"input_blocks\.(\d+)\.0\.op")
-    blocks = count(shapes, r"output_blocks\.(\d+)") // stages - 1
-    first = [1 + stage * (blocks + 1) for stage in range(stages)]  # the first residual block of each stage
-    return dict(
-        cls_dim=projection[1] - 4,
-        context_dim=projection[0],
-        in_channels=channels,
-        out_channels=shapes["out.2.weight"][0],
-        model_channels=width,
-        channel_mult=tuple(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] // width for i in first),
-        num_res_blocks=blocks,
-        attention_resolutions=tuple(2**s for s, i in enumerate(first) if f"input_blocks.{i}.1.norm.weight" in shapes),
-    )
 
 
 def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None, vae: str | None = None):
     """(model with EMA weights in eval mode, encoder, codec, meta) from --ckpt: ours, or a zero123 checkpoint."""
     file = find_weights(path)
-    if file.suffix == ".safetensors" and file.is_file() and read_meta(file):
-        meta, tensors, model = read_model(file)
+    ours = read_model(file) if file.suffix == ".safetensors" and file.is_file() else None
+    if ours:
+        meta, tensors, model = ours
         encoder = open_encoder(meta["encoder"], encoder_weights, tensors)
         codec = open_codec(meta["codec"], vae)
     else:
@@ -731,6 +549,6 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         load_pretrained(model, weights)
         encoder = ImageEncoder(CLIP, encoder_weights or str(path), layers=())
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)
-        meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec.spec()}
+        meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec_spec(codec)}
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return model, encoder.to(device), codec.to(device, memory_format=torch.channels_last), meta

@@ -25,7 +25,7 @@ import data
 import pretrained
 from data import InputError
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
-from precompute_dino import autocast, encode, pick_device, write_atomically
+from precompute_dino import autocast, encode, set_up, write_atomically
 
 # ------------------------------------------------------------------------------------------------------------- DDIM
 
@@ -304,8 +304,7 @@ def main() -> None:
         args.azimuth = [360 * i / args.orbit for i in range(args.orbit)]
     poses = camera_moves(args.azimuth, args.elevation, args.distance)
     paths = list_photos(args.image)
-    device = pick_device(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
 
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))

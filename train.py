@@ -36,15 +36,8 @@ import data
 import pretrained
 import sample
 from data import InputError
-from model import (
-    TIMESTEPS,
-    NovelViewModel,
-    condition_dropout,
-    diffusion_loss,
-    q_sample,
-    sample_timesteps,
-)
-from precompute_dino import add_encoder_flags, autocast, encode, flush, lock, open_frozen, pick_device, write_atomically
+from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
+from precompute_dino import add_encoder_flags, autocast, encode, flush, lock, open_frozen, set_up, write_atomically
 
 BINS = 10  # of the loss by timestep
 
@@ -55,7 +48,8 @@ def parse_args() -> argparse.Namespace:
 
     flag = parser.add_argument_group("data").add_argument
     flag("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
-    flag("--online", action="store_true", help="no archive: encode --data's images as training goes")
+    flag("--online", action="store_true", help="encode --data's images as training goes: with --archive, for features "
+         "only (its latents are small)")  # fmt: skip
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
     flag("--skip_bad", action="store_true", help="with --online: pass over unreadable objects, and name them")
     flag("--workers", type=int, default=4, help="processes that read data, a rank")
@@ -117,8 +111,8 @@ def parse_args() -> argparse.Namespace:
 
     positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr context_dim"
     data.require_positive(args, *positive.split(), "max_skips", "val_pairs")
-    if args.online == bool(args.archive) or args.online != bool(args.data):
-        raise InputError("give either --archive, or --online with --data")
+    if not (args.online or args.archive) or args.online != bool(args.data):
+        raise InputError("give --archive, or --online with --data, or all three")
     if not 0 <= args.cond_dropout <= 1 / 3:
         raise InputError(f"--cond_dropout {args.cond_dropout}: between 0 and 1/3")
     return args
@@ -193,46 +187,44 @@ def agree(flag: bool, world: int) -> bool:
     return bool(reduced)
 
 
-def distributed() -> tuple[int, int]:
-    """(rank, world size), joining torchrun's process group where there is one."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
 def open_data(args, device: torch.device):
     """(training set, held-out set, prepare, frozen): `prepare` turns a set's batch into what the model takes.
 
     frozen: the specs of encoder and codec and what a checkpoint keeps of them; see pretrained.save_model.
     """
-    if args.online:
+    if not args.archive:
         encoder, codec = open_frozen(args, device)
         names = data.list_objects(args.data)
         train, val = (data.split_objects(names, args.val_fraction, split) for split in ("train", "val"))
         train_set = data.ImagePairs(args.data, train, args.image_size, args.seed, args.skip_bad)
         val_set = data.ImagePairs(args.data, val, args.image_size, 0, args.skip_bad)
-        frozen = {"encoder": encoder.spec(), "codec": codec.spec(), "tensors": pretrained.own_tensors(encoder)}
-        frozen |= {"image_size": args.image_size, "val_fraction": args.val_fraction}
+        frozen = {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec), "image_size": args.image_size,
+                  "val_fraction": args.val_fraction, "tensors": pretrained.own_tensors(encoder)}  # fmt: skip
     else:
-        train_set = data.Archive(args.archive, "train", args.seed)
-        val_set = data.Archive(args.archive, "val", seed=0)
+        train_set = data.Archive(args.archive, "train", args.seed, args.data)
+        val_set = data.Archive(args.archive, "val", 0, args.data)
         keys, file = ("encoder", "codec", "image_size", "val_fraction"), Path(args.archive) / "frozen.safetensors"
         frozen = {key: train_set.manifest[key] for key in keys}
         frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
+        if args.online:  # archived latents, features as training goes
+            encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
+            frozen |= {"encoder": encoder.to(device).spec(), "tensors": pretrained.own_tensors(encoder)}
     if not len(train_set):
         raise InputError(f"{args.archive or args.data}: no training object with two views")
 
     def prepare(batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(target's posterior mean, its log-variance, condition), on the device."""
-        if args.online:
+        if args.online and args.archive:
+            with autocast(device, args.precision):
+                batch["cls"], batch["patch"] = encoder(batch.pop("cond").to(device, non_blocking=True))
+        elif args.online:
             with autocast(device, args.precision):
                 images = torch.cat([batch["target"], batch["cond"]]).to(device, non_blocking=True)
                 rows = encode(images, encoder, codec)
             target, cond = ({key: value.chunk(2)[i] for key, value in rows.items()} for i in (0, 1))
             batch = cond | {"target_mean": target["latent_mean"], "target_logvar": target["latent_logvar"],
                             "latent": cond["latent_mean"], "pose": batch["pose"]}  # fmt: skip
-        move = {key: value.to(device, non_blocking=True).float() for key, value in batch.items()}
+        move = {k: value.to(device, non_blocking=True).float() for k, value in batch.items() if value is not None}
         return move.pop("target_mean"), move.pop("target_logvar"), move
 
     return train_set, val_set, prepare, frozen
@@ -411,27 +403,16 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def leave_group(worker: int) -> None:
-    """torchrun and terminals signal whole process groups: the trainer still needs its data workers for the step."""
-    os.setpgrp()
-    for number in SIGNALS:  # what came since the fork, where they were blocked, is dropped
-        signal.signal(number, signal.SIG_IGN)
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
     args = parse_args()
     caught = catch_signals()
-    rank, world = distributed()
-    device = pick_device(args.device)
+    device, rank, world = set_up(args, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     out = Path(args.out)
     if rank == 0:
         held = lock(out, "--out")  # noqa: F841 (closing it would let go)
@@ -490,9 +471,9 @@ def main() -> None:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
-    pin = device.type == "cuda"
-    options = {"num_workers": args.workers, "pin_memory": pin, "worker_init_fn": leave_group}
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # see leave_group
+    options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
+    # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     log_path, bad = out / "log.jsonl", []

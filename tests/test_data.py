@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import data
 from data import InputError
 from tools import shapes
+from tools.check import check
 
 
 def png16(colour_type: int, pixels: np.ndarray) -> bytes:
@@ -207,7 +208,7 @@ def test_check_counts_planted_defects_and_lists_the_sound(tree, tmp_path, capsys
     for npy in (root / "00005").glob("00?.npy"):
         w2c = np.load(npy)
         np.save(npy, np.concatenate([w2c[:, :3].T, -w2c[:, :3].T @ w2c[:, 3:]], axis=1))  # camera-to-world
-    assert data.check(root, workers=0) == 1 + 1 + 1 + 3 + 1
+    assert check(root, workers=0) == 1 + 1 + 1 + 3 + 1
     printed = capsys.readouterr().out
     for line in (
         f"defect: unreadable image: 1 ({root}/00000/001.png)",
@@ -222,7 +223,7 @@ def test_check_counts_planted_defects_and_lists_the_sound(tree, tmp_path, capsys
     sound = json.loads((root / "valid_paths.json").read_text())
     assert sound == ["00002", *(f"{i:05d}" for i in range(4, 12))]
     (root / "valid_paths.json").write_text('["00000", "gone"]')
-    assert data.check(root, workers=0) == 2  # the unreadable image, the missing folder
+    assert check(root, workers=0) == 2  # the unreadable image, the missing folder
     assert (root / "valid_paths.json").read_text() == '["00000", "gone"]'
 
 
@@ -273,7 +274,7 @@ def test_a_sphere_appears_where_the_camera_says():
 
 def test_objects_depend_on_seed_and_index_only_and_fill_the_unit_cube(tree, tmp_path):
     for index in (3, 7):
-        shapes.write_object(tmp_path, 3, 32, 0, "cpu", 5, index)  # fewer views, others left out
+        shapes.write_object(tmp_path, 3, 32, 0, "cpu", False, 5, index)  # fewer views, others left out
         for file in sorted((tmp_path / f"{index:05d}").iterdir()):
             assert file.read_bytes() == (tree / f"{index:05d}" / file.name).read_bytes()
     assert shapes.make_object(np.random.default_rng((1, 3)))[0]["palette"] != (
@@ -303,3 +304,13 @@ def test_sides_differ():
         colour = (rgba[..., :3] * (rgba[..., 3:] / 255)).sum((1, 2)) / (rgba[..., 3:] / 255).sum((1, 2))
         apart.append(np.abs(colour[:2] - colour[2:]).mean())
     assert np.median(apart) > 25  # of 255
+
+
+def test_orbits_go_once_around(tmp_path):
+    shapes.shapes(tmp_path / "orbit", 1, 4, 16, 0, "cpu", 0, orbit=True)
+    poses = torch.stack(
+        [torch.from_numpy(data.read_pose(npy)) for _, npy in data.list_views(tmp_path / "orbit", "00000")]
+    )
+    moves = data.relative_pose(poses[:1], poses)
+    quarter = torch.tensor([[0.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, -1, 0], [0, -1, 0, 0]])
+    torch.testing.assert_close(moves, quarter, atol=1e-5, rtol=0)

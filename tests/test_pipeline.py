@@ -83,9 +83,10 @@ def test_torchrun_archives_the_same(tree, archive, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_fp8_and_pca(tree, archive, tmp_path):
+def test_fp8_and_pca(tree, archive, tmp_path, capsys):
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
          "--patch_dtype", "fp8", "--pca", 64)  # fmt: skip
+    printed = re.search(r"([\d.]+)% of the foreground.*? ([\d.]+)% relative", capsys.readouterr().out, re.S)
     compact = load_file(tmp_path / "a" / "00000.safetensors")["patch"]
     assert compact.dtype == torch.float8_e4m3fn and compact.shape[2] == 64
     # The encoder drew other random weights here: compare with its own features.
@@ -95,6 +96,9 @@ def test_fp8_and_pca(tree, archive, tmp_path):
     image, _ = data.load_image(tree / "00002" / "001.png", 32)
     exact = encoder(image[None])[1][0]
     assert (compact[9].float() - exact).norm() / exact.norm() < 0.04  # e4m3 has 3 bits of mantissa
+    raw = pretrained.ImageEncoder(encoder.name, encoder.vit.state_dict(), tuple(encoder.layers), 64)(image[None])[1][0]
+    error = (compact[9].float() @ encoder.pca.T + encoder.pca_mean - raw).norm() / raw.norm()
+    assert printed and 0.3 < error.item() * 100 / float(printed[2]) < 3  # this view's against eight objects'
     call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN)
     assert weights(tmp_path / "run")["unet.amalgamation.weight"].shape[1] == 64
 
@@ -376,6 +380,22 @@ def test_a_bad_file_is_named(tree, tmp_path, what, reader):
             call(precompute_dino, *flags, "--archive", tmp_path / "a")
         else:
             call(train, "--online", *flags, "--out", tmp_path / "run", *TRAIN, "--steps", 20)
+
+
+def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_path):
+    """--archive with --online: the run from the archive's own features, to their fp16 rounding."""
+    flags = [*FROZEN[4:-2], "--archive", archive, "--online", "--data", tree, "--out", tmp_path / "run", *TRAIN]
+    call(train, *flags)
+    ours, theirs = log_lines(tmp_path / "run"), log_lines(run)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=2e-4)
+    assert losses[0] != losses[1]
+    shutil.copytree(tree, tmp_path / "tree")
+    (tmp_path / "tree" / "00003" / "001.png").unlink()
+    with pytest.raises(InputError, match="00003: 3 views"):
+        call(train, "--archive", archive, "--online", "--data", tmp_path / "tree", *FROZEN[4:-2], *TRAIN, "--steps", 20,
+             "--out", tmp_path / "x")  # fmt: skip
 
 
 def test_skip_bad_counts_and_names(tree, tmp_path, capsys):

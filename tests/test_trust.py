@@ -22,6 +22,7 @@ from test_faults import LONG, load_state, make_small, pytestmark, same, training
 import data
 import pretrained
 import train
+from tools.formats import PREFIX
 from data import InputError
 
 
@@ -196,7 +197,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
         "log": (run / "log.jsonl", lambda: train.trim_log(path, 10)),
     }[reader]
     if "ckpt" in reader:
-        foreign = {k.replace("unet.", pretrained.PREFIX["unet"], 1): v for k, v in model.state_dict().items()}
+        foreign = {k.replace("unet.", PREFIX["unet"], 1): v for k, v in model.state_dict().items()}
         torch.save({"state_dict": foreign, "epoch": 1}, path, _use_new_zipfile_serialization=reader == "ckpt")
     expected = {"checkpoint": model.state_dict(), "state": state["model"]}.get(reader)
     rng, blob, refused = random.Random(reader), path.read_bytes(), 0

@@ -24,7 +24,7 @@ import pretrained
 import sample
 from data import TAN_HALF_FOV, InputError
 from evaluate import psnr
-from precompute_dino import pick_device, write_atomically
+from precompute_dino import set_up, write_atomically
 from visualize import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
@@ -90,8 +90,7 @@ def main() -> None:
     parser.add_argument("--grid", help="picture to write: the first object's true orbit, and each way's")
     args = parser.parse_args()
     data.require_positive(args, "objects", "batch_size")
-    device = pick_device(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     names = data.list_objects(args.data)[: args.objects]
     orbits = [load_orbit(args.data, name, meta["image_size"]) for name in names]

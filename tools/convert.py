@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from data import HelpFormatter, InputError, run_script
 from model import NovelViewModel
 from precompute_dino import write_atomically
-from pretrained import CLIP_NAMES, PREFIX, AutoencoderKL, ImageEncoder, count, load_checkpoint, unet_names, vae_names
+from pretrained import AutoencoderKL, ImageEncoder, load_checkpoint
+from tools.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
 
 
 def clip_to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
