@@ -73,10 +73,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
-    """Raises InputError naming the first of the flags that is not above zero."""
+    """Raises InputError naming the first of the flags that is not above zero, or a negative --seed."""
     for flag in flags:
         if getattr(args, flag) <= 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be above 0")
+    if getattr(args, "seed", 0) < 0:
+        raise InputError(f"--seed {args.seed}: must not be negative")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -193,8 +193,6 @@ def write_object(out: Path, views: int, size: int, seed: int, device: str, orbit
 
 def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int, orbit: bool = False):
     """Writes a data set of procedural objects."""
-    if seed < 0:
-        raise InputError(f"--seed {seed}: must not be negative")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not an empty folder")
     if device == "cuda" and not torch.cuda.is_available():
