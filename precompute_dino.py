@@ -15,6 +15,7 @@ int64. A shard appears whole or not at all, and rerunning the command goes on wh
 """
 
 import argparse
+import contextlib
 import fcntl
 import itertools
 import json
@@ -129,16 +130,21 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), flush to disk, rename: the file appears whole or not at all. Raises InputError."""
+    """Make the folder, call write(temporary path), flush to disk, rename: the file appears whole or not at all.
+
+    Raises InputError naming the path.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         flush(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
         raise InputError(f"{path}: could not be written ({error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def lock(folder: Path, flag: str):

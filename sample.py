@@ -357,11 +357,10 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
     seen = [(condition_on(image[None].to(device), encoder, codec), torch.tensor([0.0, 0, 1, 0], device=device))]
     for first in range(0, len(poses), size):
         target = poses[first : first + size]
-        conditions = [
-            {key: value.expand(len(target), *value.shape[1:]) for key, value in shown.items()}
-            | {"pose": move_between(move, target)}
-            for shown, move in seen
-        ]
+        conditions = []
+        for shown, move in seen:
+            rows = {key: value.expand(len(target), *value.shape[1:]) for key, value in shown.items()}
+            conditions.append(rows | {"pose": move_between(move, target)})
         generators = [seeded(args.seed, 0 if args.shared_noise else first + i) for i in range(len(target))]
         views.append(decode(ddim(model, conditions, generators, on_step=on_step, **sampler_flags(args)), codec))
         if stochastic:
@@ -371,16 +370,10 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
     """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}") from None
     save_picture(folder / "input.png", to_pil(image))
     for i, view in enumerate(views):
         save_picture(folder / f"{i:03d}.png", to_pil(view))
-    labels = (
-        [f"{a:.0f}" for a in args.azimuth] if len(args.azimuth) == len(views) else [str(i) for i in range(len(views))]
-    )
+    labels = [f"{a:.0f}" for a in (args.azimuth if len(args.azimuth) == len(views) else range(len(views)))]
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
     if len(views) > 1:
         save_gif(folder / "orbit.gif", views)

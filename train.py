@@ -292,7 +292,6 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
     generators = [sample.seeded(0, i) for i in range(8)]
     views = sample.decode(sample.ddim(model, [condition], generators, precision=args.precision), codec)
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
-    path.parent.mkdir(exist_ok=True)
     rows = [list(row) for row in zip(*shown, views, strict=True)]
     sample.save_picture(path, sample.labelled_grid(rows, ["condition", "target", "sample"]))
 
