@@ -64,16 +64,6 @@ def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.devic
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def pick_device(name: str) -> torch.device:  # TEMPORARY: set_up takes its place
-    args = argparse.Namespace(device=name, precision="fp32")
-    rank = os.environ.pop("RANK", None)
-    try:
-        return set_up(args)[0]
-    finally:
-        if rank is not None:
-            os.environ["RANK"] = rank
-
-
 def autocast(device: torch.device, precision: str):
     """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
