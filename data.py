@@ -399,7 +399,7 @@ class Archive(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None):
-        self.root, self.seed, self.images, self.handles = root, seed, images, {}
+        self.root, self.seed, self.images, self.maps = root, seed, images, {}
         self.manifest = read_manifest(root)
         names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
         side = self.manifest["image_size"] // codec["factor"]
@@ -431,19 +431,26 @@ class Archive(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Rows of one view of object `index`, each without its batch axis."""
-        shard, start, _ = self.rows[index]
+    def shard(self, shard: int) -> dict[str, torch.Tensor]:
+        """A shard's tensors, memory-mapped: what is not touched is not read."""
         path = shard_path(self.root, shard)
         try:
             size = path.stat().st_size
-            handle, opened_size = self.handles.get(shard) or (open_shard(path), size)
-            if size != opened_size:  # to read a memory map beyond its file's end would kill the process
-                raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
-            self.handles[shard] = handle, opened_size
-            return {key: handle.get_slice(key)[int(start) + view] for key in keys}
+            if shard not in self.maps:
+                handle = open_shard(path)
+                self.maps[shard] = size, {key: handle.get_tensor(key) for key in self.shapes}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
+        opened_size, tensors = self.maps[shard]
+        if size != opened_size:  # to read a memory map beyond its file's end would kill the process
+            raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
+        return tensors
+
+    def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Rows of one view of object `index`, each without its batch axis."""
+        shard, start, _ = self.rows[index].tolist()
+        tensors = self.shard(shard)
+        return {key: tensors[key][start + view] for key in keys}
 
     def image(self, index: int, view: int) -> torch.Tensor:
         """The image (3,H,W) that a view was archived of. Raises InputError."""
@@ -454,19 +461,22 @@ class Archive(torch.utils.data.Dataset):
         return load_image(views[view][0], self.manifest["image_size"])[0]
 
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        patch = self.manifest["encoder"]["feature_dim"] and not self.images
-        cond_keys = ("latent_mean", "cls", "pose") + (("patch",) if patch else ())
-        rows = []
-        for position in positions:
-            index, cond, target = locate(position, self.seed, self.rows[:, 2])
-            c = self.view(index, cond, cond_keys)
-            t = self.view(index, target, ("latent_mean", "latent_logvar", "pose"))
-            row = {"target_mean": t["latent_mean"], "target_logvar": t["latent_logvar"]}
-            row |= {"latent": c["latent_mean"], "cls": c["cls"], "pose": relative_pose(c["pose"], t["pose"])}
-            row |= {"patch": c["patch"]} if patch else {}
-            row |= {"cond": self.image(index, cond)} if self.images else {}
-            rows.append(row)
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
+        places = [self.rows[index, :2].tolist() for index, _, _ in draws]
+        maps = {shard: self.shard(shard) for shard in {shard for shard, _ in places}}  # checked once a batch
+
+        def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
+            both = zip(places, draws, strict=True)
+            return torch.stack([maps[shard][key][start + draw[which]] for (shard, start), draw in both])
+
+        batch = {"target_mean": gather("latent_mean", 2), "target_logvar": gather("latent_logvar", 2)}
+        batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}
+        batch["pose"] = relative_pose(gather("pose", 1), gather("pose", 2))
+        if self.images:
+            batch["cond"] = torch.stack([self.image(index, cond) for index, cond, _ in draws])
+        elif "patch" in self.shapes:
+            batch["patch"] = gather("patch", 1)
+        return batch
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ def load_views(members: dict[int, list[str]], args) -> torch.utils.data.DataLoad
             for first in range(0, len(views), args.batch_size):
                 yield shard, views[first : first + args.batch_size]
 
-    views = Views(args.image_size, args.skip_bad)
-    return torch.utils.data.DataLoader(views, batch_size=None, sampler=batches(), num_workers=args.workers)
+    options = {"num_workers": args.workers, "pin_memory": torch.cuda.is_available()}
+    return torch.utils.data.DataLoader(Views(args.image_size, args.skip_bad), None, sampler=batches(), **options)
 
 
 def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:

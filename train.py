@@ -563,7 +563,8 @@ def main() -> None:
                 bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")
         seconds += time.perf_counter() - clock  # what follows is no training time
         if val_due:
-            raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
+                raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
             record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
             record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
             log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})

@@ -22,8 +22,8 @@ from test_faults import LONG, load_state, make_small, pytestmark, same, training
 import data
 import pretrained
 import train
-from tools.formats import PREFIX
 from data import InputError
+from tools.formats import PREFIX
 
 
 @pytest.fixture
