@@ -31,7 +31,7 @@ ablation: $(VENV)/demo
 test: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
 
 $(VENV)/demo: requirements.txt
 	python3 -m venv $(VENV)
