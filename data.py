@@ -13,6 +13,7 @@ The object's longest bounding-box edge is 1, centred; cameras look at it from an
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -29,8 +30,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm
-FOV_DEGREES = 2 * math.degrees(math.atan(TAN_HALF_FOV))  # 49.134
+TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm: 49.134 degrees
 MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content: PIL would run Ghostscript on an EPS
@@ -73,12 +73,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
-    """Raises InputError naming the first of the flags that is not above zero, or a negative --seed."""
+    """Raises InputError naming the first of the flags that is not above zero, or a negative --seed or --workers."""
     for flag in flags:
         if getattr(args, flag) <= 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be above 0")
-    if getattr(args, "seed", 0) < 0:
-        raise InputError(f"--seed {args.seed}: must not be negative")
+    for flag in ("seed", "workers"):
+        if getattr(args, flag, 0) < 0:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must not be negative")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -167,18 +168,6 @@ def relative_pose(cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), r[1] - r[0]], dim=-1).float()
 
 
-def look_at(theta, phi, radius) -> torch.Tensor:
-    """Spherical coordinates (numbers or broadcastable tensors, radians) -> (...,3,4) float64 world-to-camera.
-
-    The camera looks at the origin with world z up. Right and up are the derivatives of its position by phi and -theta,
-    which unlike cross products with z stay defined at the poles.
-    """
-    theta, phi, r = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (theta, phi, radius)))
-    st, ct, sp, cp, zero = theta.sin(), theta.cos(), phi.sin(), phi.cos(), torch.zeros_like(r)
-    right, up, back = (-sp, cp, zero, zero), (-ct * cp, -ct * sp, st, zero), (st * cp, st * sp, ct, -r)
-    return torch.stack([torch.stack(row, dim=-1) for row in (right, up, back)], dim=-2)
-
-
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,15 +225,6 @@ def split_objects(names: list[str], val_fraction: float, split: str) -> list[str
         raise InputError(f"--val_fraction {val_fraction}: expected a number from 0 to 1")
     n_train = math.floor((1 - Fraction(str(float(val_fraction)))) * len(names))  # exact: 1 - .9 of 10 is 1, not 0
     return {"train": names[:n_train], "val": names[n_train:], "all": list(names)}[split]
-
-
-def write_list(root: Path, names: list[str]):
-    """ROOT/valid_paths.json, whole or not at all."""
-    try:
-        (root / "valid_paths.json.tmp").write_text(json.dumps(names))
-        os.replace(root / "valid_paths.json.tmp", root / "valid_paths.json")
-    except OSError as error:
-        raise InputError(f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})") from None
 
 
 # ---- pairs of views --------------------------------------------------------------------------------------------------
@@ -368,7 +348,7 @@ def check_specs(path: Path, meta: dict) -> None:
             if ok and kind in (int, float):
                 ok = (kind is int and key != "feature_dim") <= value <= (4096 if "size" in key else 2**20)
             if not ok or (kind is list and any(type(each) is not int for each in value)):
-                raise InputError(f"{path}: malformed metadata, {part} {key} {str(value)[:50]!r}")
+                raise InputError(f"{path}: malformed metadata, {f'{part} {key}'.strip()} {str(value)[:50]!r}")
     codec = meta["codec"]
     if meta["image_size"] % codec["factor"] or not isinstance(codec.get("source"), (str, type(None))):
         raise InputError(f"{path}: malformed metadata, codec {str(codec)[:200]}")
@@ -424,9 +404,9 @@ class Archive(torch.utils.data.Dataset):
                     rows.append((shard, start, stop - start))
                     self.names.append(name)
                 self.skipped += name in chosen and stop - start < 2
-        if not rows:
+        if not rows and split != "val":
             raise InputError(f"{root}: no object of the {split} split has two archived views")
-        self.rows = np.array(rows)
+        self.rows = np.array(rows, dtype=int).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -453,12 +433,13 @@ class Archive(torch.utils.data.Dataset):
         return {key: tensors[key][start + view] for key in keys}
 
     def image(self, index: int, view: int) -> torch.Tensor:
-        """The image (3,H,W) that a view was archived of. Raises InputError."""
-        views = list_views(self.images, self.names[index])
-        if len(views) != self.rows[index, 2]:
-            what = f"{len(views)} views, {self.root} has {self.rows[index, 2]}"
-            raise InputError(f"--data {Path(self.images) / self.names[index]}: {what}")
-        return load_image(views[view][0], self.manifest["image_size"])[0]
+        """The image (3,H,W) that a view was archived of, found by its pose. Raises InputError."""
+        pose = self.view(index, view, ("pose",))["pose"].numpy()
+        for image, npy in list_views(self.images, self.names[index])[view:]:  # --skip_bad only moves views forward
+            with contextlib.suppress(InputError):
+                if np.allclose(read_pose(npy), pose, atol=1e-5):
+                    return load_image(image, self.manifest["image_size"])[0]
+        raise InputError(f"--data {Path(self.images) / self.names[index]}: no readable view has view {view}'s pose")
 
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
@@ -483,34 +464,15 @@ class Archive(torch.utils.data.Dataset):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Validate posed images, or make some up.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = (
-        "Validate a tree; exit code 1 if it has defects. Write its valid_paths.json, of what is sound, if it has none."
-    )
-    p = commands.add_parser("check", help="validate a tree", description=text, formatter_class=HelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
-    text = "Render procedural objects: RGBA, poses and depth."
-    q = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=HelpFormatter)
-    q.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
-    q.add_argument("--objects", type=int, default=512, help="number of objects")
-    q.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
-    q.add_argument("--size", type=int, default=64, help="width and height in pixels")
-    q.add_argument("--seed", type=int, default=0, help="object i depends on this and i only")
-    q.add_argument("--orbit", action="store_true", help="views evenly around the object instead of anywhere")
-    q.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
-    for command in (p, q):
-        command.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
-    args = parser.parse_args()
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: must not be negative")
-    from tools.check import check  # here: they import this file, and few readers need them
-    from tools.shapes import shapes
+    """`check` and `shapes` are in tools/: they import this file, and few readers need them."""
+    from tools import check, shapes
 
-    if args.command == "check":
-        sys.exit(int(check(args.data, args.workers) > 0))
-    require_positive(args, "objects", "views", "size")
-    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)
+    parser = argparse.ArgumentParser(description="Validate posed images, or make some up.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check.add_command(commands)
+    shapes.add_command(commands)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,11 @@ def sample_pairs(batch: dict, model, encoder, codec, args):
 
 def baselines(root: str, val_fraction: float, size: int) -> dict:
     """Rows without a model: name -> a function of the conditions (B,3,size,size) that gives views."""
-    mean = load_pairs(fixed_pairs(root, val_fraction, "train", "pairs", 512), size)["target"].mean(0)
-    return {"white": torch.ones_like, "condition copied": torch.clone, "training images' mean": mean.expand_as}
+    rows = {"white": torch.ones_like, "condition copied": torch.clone}
+    if data.split_objects(data.list_objects(root), val_fraction, "train"):
+        mean = load_pairs(fixed_pairs(root, val_fraction, "train", "pairs", 512), size)["target"].mean(0)
+        rows["training images' mean"] = mean.expand_as
+    return rows
 
 
 def evaluate_row(settings: dict, pairs: list[dict], predict, metrics: dict, args) -> dict:
@@ -165,10 +168,11 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     own |= {"checkpoint": path, "step": meta.get("step"), "seconds": meta.get("seconds"), "run_args": meta.get("args")}
     own |= {"weights_sha256": pretrained.tensor_hash(model.state_dict())}
     rows = baselines(args.data, fraction, size)  # here, lest an error come after hours of sampling
+    others = shuffled(pairs, args.seed) if args.shuffled else None
     predict = partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)
     lines = evaluate_row(own | {"row": "samples"}, pairs, predict, metrics, args)
     if args.shuffled:
-        lines |= evaluate_row(own | {"row": "poses shuffled"}, shuffled(pairs, args.seed), predict, metrics, args)
+        lines |= evaluate_row(own | {"row": "poses shuffled"}, others, predict, metrics, args)
     for row, view in rows.items():
         lines |= evaluate_row(common | {"row": row}, pairs, lambda batch, f=view: [f(batch["cond"])], metrics, args)
     if args.grid and args.rank == 0:
@@ -182,8 +186,9 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
 def open_table(out: Path) -> dict[str, dict]:
     """{id: line} of --out, which may not be there yet; makes OUT.pairs/. Raises InputError."""
     try:
+        lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
         Path(f"{out}.pairs").mkdir(parents=True, exist_ok=True)
-        return {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+        return lines
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"--out {out}: can't be written, or is another program's file ({error})") from None
 

@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import math
 import os
 import shutil
 from datetime import timedelta
@@ -376,8 +377,8 @@ def main() -> None:
         open_manifest(args, encoder, codec, names)
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
-            batch = next(iter(load_views({0: train[:8]}, args)))
-            error = storage_error(batch, encoder, codec, args, device)
+            batch = next((b for b in load_views({0: (train or names)[:8]}, args) if len(b["object"])), None)
+            error = storage_error(batch, encoder, codec, args, device) if batch else math.nan
             print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
     if world > 1:
         dist.barrier()

@@ -6,23 +6,31 @@ Foreign weights are read into LDM's names, those of Stable Diffusion 1.x and zer
 
 import hashlib
 import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from data import InputError, check_specs
 from model import NovelViewModel
-from tools.formats import LEFTOVERS, PREFIX, Inert, clip_to_timm, count, infer_args, to_ldm
+from tools.formats import (
+    PREFIX,
+    clip_to_timm,
+    count,
+    find_weights,
+    from_hub,
+    infer_args,
+    one_line,
+    read_tensors,
+    read_weights,
+)
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
@@ -36,10 +44,6 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
@@ -299,83 +303,6 @@ def load_vit(vit: nn.Module, name: str, weights: str) -> None:
 # ----------------------------------------------------------------------------------------------- reading checkpoints
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of one file, safetensors or torch's, memory-mapped where the format allows.
-
-    A pickle runs nothing: InputError names the first global in it that is neither torch's own nor in LEFTOVERS.
-    """
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in LEFTOVERS]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # whatever a damaged file provokes in the parsers
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if unsafe:
-            raise InputError(f"{path}: refused, its pickle asks for {unsafe[1]}, which weights do not need") from None
-        raise InputError(f"{path}: truncated, or no checkpoint that reads safely ({type(error).__name__})") from None
-    for key in ("state_dict", "model"):
-        loaded = loaded[key] if isinstance(loaded, dict) and isinstance(loaded.get(key), dict) else loaded
-    tensors = loaded.items() if isinstance(loaded, dict) else ()
-    tensors = {k: v for k, v in tensors if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise InputError(f"{path}: holds no tensors")
-    return tensors
-
-
-def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> dict[str, Tensor]:
-    """Weights of Stable Diffusion 1.x, zero123 or their like under LDM's names, whatever holds them.
-
-    source: a file (.safetensors, .ckpt, .pt, .pth, .bin; LDM's or diffusers' names), a diffusers folder, or the name
-    of a hub repository; parts: which of PREFIX. zero123's EMA replaces the raw UNet. Raises InputError, in one line,
-    for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
-    """
-    path, hub = Path(source), not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source))
-    if (path / "latest").is_file():  # a run of ours
-        path = find_weights(path)
-    if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
-        path = from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path")
-    tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
-    for folder in ("", *parts) if path.is_dir() else ():
-        files = [*(path / folder).glob("*.safetensors")] or [*(path / folder).glob("*.bin")]
-        if files:  # the shortest name is the plain one, before .fp16 and .non_ema
-            tensors |= to_ldm(read_tensors(min(files, key=lambda file: len(file.name))))
-    if not tensors:
-        raise InputError(f"{source}: no weights in this folder, nor in any of {', '.join(parts)} in it")
-    context = {v.shape[1] for k, v in tensors.items() if k.endswith("attn2.to_k.weight")}
-    linear = any(k.endswith("proj_in.weight") and v.ndim == 2 for k, v in tensors.items())
-    other = "XL" if 2048 in context else "2.x" if linear and 1024 in context and "unet" in parts else None
-    if other:
-        raise InputError(f"{source}: a Stable Diffusion {other} checkpoint (context {max(context)}); 1.x is needed")
-    # zero123's LitEma keeps `model.diffusion_model.a.b` as `model_ema.diffusion_modelab`
-    ema = {k: "model_ema." + k[6:].replace(".", "") for k in tensors if k.startswith(PREFIX["unet"])}
-    if "unet" in parts and ema and all(name in tensors for name in ema.values()):
-        print(f"{source}: taking the EMA of the UNet (model_ema.*), not its raw weights")
-        tensors |= {k: tensors[name] for k, name in ema.items()}
-    return {k: v for k, v in tensors.items() if k.startswith(tuple(PREFIX[part] for part in parts))}
-
-
-def from_hub(repo: str, patterns: list[str], flag: str) -> Path:
-    """The folder of a hub repository's snapshot, with the files that match. Raises InputError."""
-    import huggingface_hub as hub
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(hub.constants.ENDPOINT, timeout=10)  # its client would retry for half a minute a file
-        offline = hub.constants.HF_HUB_OFFLINE
-    except Exception:  # of whichever HTTP library it uses
-        offline = True
-    try:
-        return Path(hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
-    except (OSError, ValueError) as error:
-        what = f"{repo}: neither here nor to be had from the hub ({type(error).__name__})"
-        names = ", ".join(patterns[:: max(1, len(patterns) // 4)])
-        raise InputError(f"{what}: fetch https://huggingface.co/{repo} ({names}) and give {flag}") from None
-
-
 @torch.no_grad()
 def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     """Fill `model.unet` and `model.cc_projection` from `read_weights`'s tensors, for --init, and print what happened.
@@ -479,21 +406,6 @@ def build(args: dict, tensors: dict[str, Tensor]) -> NovelViewModel:
     if wrong := [name for name, size in sizes.items() if name in tensors and tensors[name].numel() != size]:
         raise ValueError(f"{len(wrong)} tensors are of another shape, {wrong[0]} for one")
     return NovelViewModel(**args)
-
-
-def find_weights(path: str | Path) -> Path:
-    """The weights file of a run (its latest checkpoint), of a step folder, or the path itself. Raises InputError."""
-    path = Path(path)
-    if (path / "latest").is_file():
-        name = (path / "latest").read_text(errors="replace").strip()
-        if not re.fullmatch(r"step_\d{7}", name):
-            raise InputError(f"{path / 'latest'}: names no checkpoint, {name[:20]!r}")
-        path = path / name
-    if (path / "model.safetensors").exists():
-        return path / "model.safetensors"
-    if path.is_dir() and not (path / "unet").exists():
-        raise InputError(f"--ckpt {path}: no checkpoint in this folder")
-    return path
 
 
 def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

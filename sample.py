@@ -40,7 +40,7 @@ def ddim_timesteps(steps: int) -> list[int]:
     return [round(TIMESTEPS * (1 - i / steps)) - 1 for i in range(steps)]
 
 
-def ddim_step(x_t, x0, eps, alpha_bar, alpha_bar_next, eta: float, noise) -> Tensor:
+def ddim_step(x0, eps, alpha_bar, alpha_bar_next, eta: float, noise) -> Tensor:
     """Equation 3: from x_t to the next, less noisy latent, given the predicted x0 and eps; eta = 0 is deterministic.
 
     Its alpha is the cumulative product alpha_bar; sigma is eta times the posterior's standard deviation.
@@ -77,7 +77,7 @@ def guided_prediction(model: NovelViewModel, x_t: Tensor, t: Tensor, condition: 
 
 
 def draw_condition(conditions: list[dict], generators: list[torch.Generator]) -> dict[str, Tensor]:
-    """Stochastic conditioning (Watson et al. 2022, 3DiM, section 3.1): each sample draws a view, each step."""
+    """Stochastic conditioning (Watson et al. 2022, 3DiM, section 2.2): each sample draws a view, each step."""
     if len(conditions) == 1:
         return conditions[0]
     drawn = [int(torch.randint(len(conditions), (), generator=generator)) for generator in generators]
@@ -104,6 +104,8 @@ def ddim(
     """
     device, shape = conditions[0]["latent"].device, conditions[0]["latent"].shape[1:]
 
+    choosers = [torch.Generator().manual_seed(g.initial_seed() + 1) for g in generators]  # lest draws shift the noise
+
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
@@ -113,7 +115,7 @@ def ddim(
     for i, t in enumerate(timesteps):
         with autocast(device, precision):
             ts = torch.full((len(x),), t, device=device)
-            x0, eps = guided_prediction(model, x, ts, draw_condition(conditions, generators), scale)
+            x0, eps = guided_prediction(model, x, ts, draw_condition(conditions, choosers), scale)
         if on_step:
             on_step(i, x0)
         if i + 1 == steps:
@@ -121,7 +123,7 @@ def ddim(
         if sampler == "dpm":
             x, last_x0 = dpm_step(x, x0, last_x0, alpha_bars[i : i + 3]), x0
         else:
-            x = ddim_step(x, x0, eps, *alpha_bars[i + 1 : i + 3], eta, noise() if eta else 0)
+            x = ddim_step(x0, eps, *alpha_bars[i + 1 : i + 3], eta, noise() if eta else 0)
 
 
 # --------------------------------------------------------------------------------------- images and poses in, views out
@@ -243,8 +245,9 @@ def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -
 
 
 def save_picture(path: Path, picture: Image.Image, **options) -> None:
-    """PNG or GIF, by the path's suffix. Raises InputError naming the path when it can't be written."""
-    write_atomically(path, lambda temporary: picture.save(temporary, format=path.suffix[1:], **options))
+    """In the format of the path's suffix, or PNG. Raises InputError naming the path when it can't be written."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
 
 
 def save_gif(path: Path, images: Tensor, seconds: float = 0.15) -> None:
@@ -254,7 +257,7 @@ def save_gif(path: Path, images: Tensor, seconds: float = 0.15) -> None:
 
 
 def add_sampler_flags(group) -> None:
-    """Flags shared by sample.py, evaluate.py and train.py's previews."""
+    """Flags shared by sample.py, evaluate.py and tools/."""
     group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
     group.add_argument("--steps", type=int, default=50, help="DDIM steps (figure 1: 200; Zero-1-to-3's demo: 75)")
     group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
@@ -268,7 +271,7 @@ def sampler_flags(args: argparse.Namespace) -> dict:
 
 
 def add_checkpoint_flags(group, nargs: str | None = None) -> None:
-    """Flags that open a checkpoint (or several, by nargs), shared by sample.py and evaluate.py."""
+    """Flags that open a checkpoint (or several, by nargs), shared by sample.py, evaluate.py and tools/."""
     group.add_argument("--ckpt", required=True, nargs=nargs, help="a run, a step folder, or a weights file")
     group.add_argument("--encoder_weights", help="the image encoder's weights, where the checkpoint's are elsewhere")
     group.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
@@ -299,6 +302,8 @@ def main() -> None:
     group.add_argument("--save_x0", type=int, default=0, metavar="N", help="predicted x0 to save (figure 1), in x0.npz")
     args = parser.parse_args()
     data.require_positive(args, "batch_size", "steps")
+    if args.save_x0 < 0:
+        raise InputError(f"--save_x0 {args.save_x0}: must not be negative")
 
     if args.orbit:
         args.azimuth = [360 * i / args.orbit for i in range(args.orbit)]
@@ -333,6 +338,8 @@ def list_photos(path: str) -> list[Path]:
     photos = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
     if not photos:
         raise InputError(f"--image {path}: no {', '.join(suffixes)} in it")
+    if len({photo.stem for photo in photos}) < len(photos):
+        raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
     return photos
 
 

@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -51,9 +52,17 @@ def parse_args() -> argparse.Namespace:
     flag("--online", action="store_true", help="encode --data's images as training goes: with --archive, for features "
          "only (its latents are small)")  # fmt: skip
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
-    flag("--skip_bad", action="store_true", help="with --online: pass over unreadable objects, and name them")
+    flag(
+        "--skip_bad",
+        action="store_true",
+        help="with --online, without --archive: pass over unreadable objects, and name them",
+    )
     flag("--workers", type=int, default=4, help="processes that read data, a rank")
-    add_encoder_flags(parser.add_argument_group("what is frozen (without --online the archive's manifest says it)"))
+    add_encoder_flags(
+        parser.add_argument_group(
+            "what is frozen (of an archive its manifest says it; --online takes the encoder from here)"
+        )
+    )
 
     flag = parser.add_argument_group("model (the defaults are Stable Diffusion 1.x)").add_argument
     flag("--init", help="weights to start from, a file, folder or hub name: Stable Diffusion's, Zero-1-to-3's, ours")
@@ -109,7 +118,8 @@ def parse_args() -> argparse.Namespace:
     flag("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
     args = parser.parse_args()
 
-    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr context_dim"
+    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr context_dim "
+    positive += "image_size encoder_size pixels_factor"
     data.require_positive(args, *positive.split(), "max_skips", "val_pairs")
     if not (args.online or args.archive) or args.online != bool(args.data):
         raise InputError("give --archive, or --online with --data, or all three")
@@ -290,7 +300,8 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
     """A grid of held-out pairs: condition | target | the EMA model's sample."""
     mean, _, condition = prepare(val_set[list(range(8))])
     generators = [sample.seeded(0, i) for i in range(8)]
-    views = sample.decode(sample.ddim(model, [condition], generators, precision=args.precision), codec)
+    scale = 0.0 if args.unconditional else 3.0
+    views = sample.decode(sample.ddim(model, [condition], generators, scale=scale, precision=args.precision), codec)
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
     rows = [list(row) for row in zip(*shown, views, strict=True)]
     sample.save_picture(path, sample.labelled_grid(rows, ["condition", "target", "sample"]))
@@ -583,6 +594,8 @@ def main() -> None:
                 bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()
+    for worker in multiprocessing.active_children():
+        worker.kill()  # they block SIGTERM, and what they still read is not wanted
     if rank == 0:
         print(f"{out}: {done if start < args.steps else start} steps in {seconds:.0f} s of training")
     if world > 1:

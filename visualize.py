@@ -30,7 +30,21 @@ from sample import seeded, to_pil
 
 LABELS = {"lpips": "LPIPS ↓", "psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
-ALIKE = ["data", "split", "protocol", "pairs", "image_size", "lpips_net", "steps", "eta", "scale", "seed"]
+ALIKE = [
+    "data",
+    "split",
+    "protocol",
+    "pairs",
+    "image_size",
+    "lpips_net",
+    "steps",
+    "eta",
+    "scale",
+    "seed",
+    "sampler",
+    "val_fraction",
+    "precision",
+]
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])
 matplotlib.rc("axes", prop_cycle=CYCLE)
@@ -115,6 +129,8 @@ def archived_pairs(args) -> list[tuple[str, list[dict]]]:
     decoded "picture" (H,W,3) uint8, "patch" (T,K) of the deepest layer, "cover" (T,) bool. Raises InputError."""
     archive, pairs = data.Archive(args.archive, "all"), []
     encoder, codec = archive.manifest["encoder"], pretrained.open_codec(archive.manifest["codec"], args.vae)
+    if not encoder["feature_dim"]:
+        raise InputError(f"--archive {args.archive}: holds no patch features (its --layers were empty)")
     layers = 1 if encoder["pca"] else len(encoder["layers"])  # the archive's PCA mixes its layers for good
     indices, keys = {name: i for i, name in enumerate(archive.names)}, ("patch", "alpha", "pose", "latent_mean")
     for name in args.objects or archive.names[:4]:

@@ -17,6 +17,7 @@ import data
 from data import InputError
 from tools import shapes
 from tools.check import check
+from tools.shapes import look_at
 
 
 def png16(colour_type: int, pixels: np.ndarray) -> bytes:
@@ -113,13 +114,13 @@ def test_relative_pose_of_hand_computed_cameras():
     expected = torch.tensor([[0, 1, 0, -0.5], [-math.pi / 2, 0, 1, 1], [0, 0, 1, 0]])
     torch.testing.assert_close(moves, expected, atol=1e-6, rtol=0)
     # Across phi = pi, where atan2 jumps, a move of 20 degrees is still one of 20 degrees.
-    move = data.relative_pose(data.look_at(1, math.radians(170), 2), data.look_at(1, math.radians(-170), 2))
+    move = data.relative_pose(look_at(1, math.radians(170), 2), look_at(1, math.radians(-170), 2))
     torch.testing.assert_close(move, torch.tensor([0, math.sin(math.pi / 9), math.cos(math.pi / 9), 0]))
 
 
 def test_look_at_sees_the_origin_ahead_and_z_up_even_at_the_poles():
     theta, phi = torch.tensor([0, 0.3, 1.5, 3, math.pi])[:, None], torch.linspace(-3, 3, 7)
-    w2c = data.look_at(theta, phi, 1.8)
+    w2c = look_at(theta, phi, 1.8)
     assert w2c.shape == (5, 7, 3, 4)
     rotation = w2c[..., :3]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).double().expand(5, 7, 3, 3))
@@ -255,7 +256,7 @@ def test_a_sphere_appears_where_the_camera_says():
     ball = shapes.make_primitive("sphere", radius / 0.9, np.random.default_rng(0)) | {"centre": centre}
     generator = torch.Generator().manual_seed(0)
     z, phi, r = torch.rand(3, 6, generator=generator).double()
-    w2c = data.look_at(torch.acos(2 * z - 1), 6.28 * phi, 1.5 + 0.7 * r)
+    w2c = look_at(torch.acos(2 * z - 1), 6.28 * phi, 1.5 + 0.7 * r)
     rgba, depth = shapes.render([ball], w2c, size, np.array([0, 0, 1.0]))
     x, y, z = (w2c[:, :, :3] @ torch.tensor(centre) + w2c[:, :, 3]).T.numpy()
     alpha = rgba[..., 3] / 255
@@ -283,7 +284,7 @@ def test_objects_depend_on_seed_and_index_only_and_fill_the_unit_cube(tree, tmp_
     for index in range(4):  # back to world coordinates, depth spans a box of longest edge 1 about the origin
         primitives = [p for p in shapes.make_object(np.random.default_rng((0, index))) if not p["cut"]]
         theta, phi = torch.tensor([0.1, 1, 1.57, 1.57, 1.57, 1.57, 3]), torch.tensor([0, 0.5, 0, 1.57, 3.1, 4.7, 1])
-        w2c = data.look_at(theta, phi, 2)
+        w2c = look_at(theta, phi, 2)
         _, depth = shapes.render(primitives, w2c, 64, np.array([0, 0, 1.0]))
         view, y, x = np.nonzero(depth)
         d = depth[view, y, x].astype(np.float64)
@@ -299,7 +300,7 @@ def test_sides_differ():
     apart = []
     for index in range(6):
         primitives = shapes.make_object(np.random.default_rng((0, index)))
-        w2c = data.look_at(torch.tensor(1.2), torch.arange(4) * math.pi / 2, 1.8)
+        w2c = look_at(torch.tensor(1.2), torch.arange(4) * math.pi / 2, 1.8)
         rgba, _ = shapes.render(primitives, w2c, 24, np.array([0, 0, 1.0]))
         colour = (rgba[..., :3] * (rgba[..., 3:] / 255)).sum((1, 2)) / (rgba[..., 3:] / 255).sum((1, 2))
         apart.append(np.abs(colour[:2] - colour[2:]).mean())

@@ -16,9 +16,9 @@ from conftest import call
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-import data
 import evaluate
 from data import InputError
+from tools.shapes import look_at
 
 FLAGS = ["--device", "cpu", "--workers", 0, "--steps", 3, "--scale", 1, "--lpips", "none", "--protocol", "first"]
 ROWS = ["samples", "poses shuffled", "white", "condition copied", "training images' mean"]
@@ -139,7 +139,7 @@ def test_baselines_by_hand(tmp_path):
         folder.mkdir(parents=True)
         for view in range(2):
             Image.new("RGB", (16, 16), (grey,) * 3).save(folder / f"{view:03d}.png")
-            np.save(folder / f"{view:03d}.npy", data.look_at(1.0, view, 1.8).numpy())
+            np.save(folder / f"{view:03d}.npy", look_at(1.0, view, 1.8).numpy())
     (tmp_path / "e.pairs").mkdir()
     args = argparse.Namespace(out=tmp_path / "e", rank=0, world=1, batch_size=2, workers=0, device=torch.device("cpu"))
     pairs = evaluate.fixed_pairs(tmp_path / "tree", 0.25, "val", "first")

@@ -18,7 +18,8 @@ import pretrained
 import sample
 import train
 from data import InputError
-from model import noise_schedule, q_sample
+from model import noise_schedule
+from tools.shapes import look_at
 
 TRAIN = [*SMALL, "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3, "--val_every", 3]
 TRAIN += ["--preview_every", 0]
@@ -288,8 +289,7 @@ def test_ddim_step_keeps_the_marginal():
     generator = torch.Generator().manual_seed(0)
     alpha_bar = noise_schedule()
     x0, noise, fresh = torch.full((1, 1, 1000, 1000), 0.7), *torch.randn(2, 1, 1, 1000, 1000, generator=generator)
-    x_t = q_sample(x0, torch.tensor([600]), noise, alpha_bar)
-    x_s = sample.ddim_step(x_t, x0, noise, alpha_bar[600], alpha_bar[300], 1.0, fresh)
+    x_s = sample.ddim_step(x0, noise, alpha_bar[600], alpha_bar[300], 1.0, fresh)
     assert x_s.mean().item() == pytest.approx(0.7 * alpha_bar[300].sqrt().item(), abs=3e-3)
     assert x_s.std().item() == pytest.approx((1 - alpha_bar[300]).sqrt().item(), abs=3e-3)
 
@@ -302,8 +302,8 @@ def test_ddim_timesteps():
 def test_camera_moves_are_relative_poses():
     """The move that --azimuth, --elevation, --distance name is the relative pose of a camera so moved."""
     theta, phi, radius = 1.2, 0.4, 1.8
-    moved = data.look_at(theta - np.radians(20), phi + np.radians(30), radius + 0.1)
-    pose = data.relative_pose(data.look_at(theta, phi, radius), moved)
+    moved = look_at(theta - np.radians(20), phi + np.radians(30), radius + 0.1)
+    pose = data.relative_pose(look_at(theta, phi, radius), moved)
     torch.testing.assert_close(sample.camera_moves([30.0], [20.0], [0.1])[0], pose, atol=1e-6, rtol=1e-6)
 
 
@@ -391,9 +391,11 @@ def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_p
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=2e-4)
     assert losses[0] != losses[1]
+    images = data.Archive(archive, "train", 0, tree)
+    torch.testing.assert_close(images.image(3, 2), data.load_image(tree / "00003" / "002.png", 32)[0])
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "00003" / "001.png").unlink()
-    with pytest.raises(InputError, match="00003: 3 views"):
+    with pytest.raises(InputError, match="00003: no readable view has view 1's pose"):
         call(train, "--archive", archive, "--online", "--data", tmp_path / "tree", *FROZEN[4:-2], *TRAIN, "--steps", 20,
              "--out", tmp_path / "x")  # fmt: skip
 

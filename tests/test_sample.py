@@ -19,6 +19,7 @@ import train
 from data import InputError
 from model import noise_schedule
 from tools import consistency, shapes, table
+from tools.shapes import look_at
 
 
 def exact_model(spread: float, prediction: str) -> torch.nn.Module:
@@ -52,7 +53,7 @@ def test_dpm_solver_is_of_second_order(prediction):
             if sampler == "dpm":
                 x, last, previous = sample.dpm_step(x, x0, last, alpha_bars), x0, t
             else:
-                x = sample.ddim_step(x, x0, eps, *alpha_bars[1:], 0.0, 0)
+                x = sample.ddim_step(x0, eps, *alpha_bars[1:], 0.0, 0)
         return abs(x.item() * deviation[900].item() / deviation[300].item() - 1)
 
     assert 1.7 < error("ddim", 20) / error("ddim", 40) < 2.3
@@ -75,8 +76,8 @@ def test_dpm_solver_needs_fewer_steps_than_ddim(prediction):
 
 
 def test_moves_between_views_are_relative_poses():
-    a, b = data.look_at(1.0, 0.3, 1.6), data.look_at(1.5, 2.9, 2.0)
-    reference = data.look_at(0.7, -2.0, 1.8)
+    a, b = look_at(1.0, 0.3, 1.6), look_at(1.5, 2.9, 2.0)
+    reference = look_at(0.7, -2.0, 1.8)
     to_a, to_b = (data.relative_pose(reference, pose) for pose in (a, b))
     torch.testing.assert_close(sample.move_between(to_a, to_b[None])[0], data.relative_pose(a, b), atol=1e-6, rtol=0)
 
@@ -94,7 +95,7 @@ def test_stochastic_conditioning_starts_alike_and_shared_noise_is_shared(run, tr
     model, encoder, codec, meta = pretrained.load_checkpoint(str(run))
     image = sample.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
     poses = sample.camera_moves([40.0, 40.0, 80.0], [0.0], [0.0])
-    flags = {"steps": 3, "eta": 1.0, "scale": 1.0, "seed": 0, "batch_size": 8, "precision": "fp32", "sampler": "ddim"}
+    flags = {"steps": 8, "eta": 1.0, "scale": 1.0, "seed": 0, "batch_size": 8, "precision": "fp32", "sampler": "ddim"}
 
     def views(stochastic: bool, shared: bool):
         args = Namespace(**flags, stochastic_conditioning=stochastic, shared_noise=shared)
@@ -105,6 +106,11 @@ def test_stochastic_conditioning_starts_alike_and_shared_noise_is_shared(run, tr
     assert (plain[1:] - stochastic[1:]).abs().amax((1, 2, 3)).min() > 1e-3
     assert (stochastic - views(True, False)).abs().max() == 0
     torch.testing.assert_close(shared[0], shared[1], atol=1e-5, rtol=0)
+    generators = [sample.seeded(0) for _ in range(2)]
+    for generator, pool in zip(generators, (1, 3), strict=True):  # what is drawn of the pool leaves the noise alone
+        condition = [{"latent": torch.zeros(1, 3, 8, 8)}] * pool
+        sample.ddim(exact_model(0.5, "v"), condition, [generator], 4, 1.0, 1.0)
+    assert torch.equal(*(torch.randn(4, generator=generator) for generator in generators))
     assert (plain[0] - plain[1]).abs().max() > 1e-3
 
 
@@ -176,6 +182,7 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
     lines = []
     for t_sampling, seed, psnr in (("uniform", 0, 10.0), ("uniform", 1, 12.0), ("gaussian", 0, 13.0)):
         flags = {"t_sampling": t_sampling, "t_mean": 1000, "t_std": 200, "amalgamate": True, "seed": seed}
+        flags["out"] = f"{t_sampling}{seed}"
         lines.append(line | {"run_args": flags, "psnr": psnr, "checkpoint": f"{t_sampling}{seed}"})
     lines.append(lines[0] | {"step": 1, "psnr": 99.0})  # an earlier checkpoint
     lines.append({"row": "white", "psnr": 5.0, "mse": 1.0})
@@ -184,5 +191,8 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| uniform | samples | 2 | 11 ± 1.4 | 0.1 ± 0 |" in printed
     assert "| gaussian | samples | 1 | 13 | 0.1 |" in printed and "|  | white | 1 | 5 | 1 |" in printed
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(x | {"steps": i}) + "\n" for i, x in enumerate(lines[:2])))
+    with pytest.raises(InputError, match="differ in steps"):
+        call(table, "--eval", tmp_path / "mixed.jsonl")
     with pytest.raises(InputError, match="--by lr"):
         call(table, "--eval", tmp_path / "eval.jsonl", "--by", "lr")

@@ -15,6 +15,7 @@ import visualize
 from data import InputError
 from model import timestep_density
 from pretrained import SpaceToDepth
+from tools.shapes import look_at
 
 FOREGROUND = [1, 2, 5, 6, 9, 10, 13, 14]  # the middle columns of a 4x4 grid of patches
 PERMUTED = [14, 5, 2, 13, 1, 6, 10, 9]  # where view 1 has them
@@ -43,7 +44,7 @@ def archive(tmp_path):
     alpha[:, FOREGROUND] = 255
     alpha[:, 0] = 127  # just under half: background
     patch[1][PERMUTED] = patch[0][FOREGROUND]
-    poses = data.look_at(1.2, torch.tensor([0, 50, 200.0]).deg2rad(), 2.0).float().repeat(2, 1, 1)
+    poses = look_at(1.2, torch.tensor([0, 50, 200.0]).deg2rad(), 2.0).float().repeat(2, 1, 1)
     mean, logvar = SpaceToDepth(4).encode(images)
     rows = {"latent_mean": mean.half(), "latent_logvar": logvar.half(), "cls": torch.randn(6, 8).half()}
     rows |= {"patch": patch.half(), "alpha": alpha, "pose": poses, "view_offset": torch.tensor([0, 3, 6])}

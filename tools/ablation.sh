@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} OUT=${OUT:-out/ablation} DEVICE=${DEVICE:-auto} SEEDS=${SEEDS:-0 1} WORKERS=${WORKERS:-1}
 OBJECTS=${OBJECTS:-512} BATCH=${BATCH:-16} PRETRAIN=${PRETRAIN:-1600} STEPS=${STEPS:-200} PAIRS=${PAIRS:-128}
-MEANS=${MEANS:-1000 700 500 300 0} STDS=${STDS:-100 300 400 500}
+MEANS=${MEANS-1000 700 500 300 0} STDS=${STDS-100 300 400 500}
 SIZE=${SIZE:---width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 --context_dim 128}
 COMMON="--archive $OUT/archive $SIZE --prediction v --batch_size $BATCH --accumulate 1 --precision fp32 --log_every 25
     --val_every 100 --val_pairs 64 --preview_every 0 --save_every 100 --keep 1 --device $DEVICE --workers $WORKERS"

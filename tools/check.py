@@ -4,7 +4,10 @@ Every image and pose is read; defects are counted by kind with the first paths a
 that look like camera-to-world, images without alpha, ...) is noted.
 """
 
+import argparse
+import json
 import math
+import os
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -74,6 +77,33 @@ def check(root: Path, workers: int) -> int:
         title, more = "note" if kind in NOTES else "defect", ", ..." * (counts[kind] > 3)
         print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{more})")
     if not (root / "valid_paths.json").exists() and sound:
-        data.write_list(root, sound)
+        write_list(root, sound)
         print(f"wrote valid_paths.json with {len(sound)} objects")
     return sum(count for kind, count in counts.items() if kind not in NOTES)
+
+
+def write_list(root: Path, names: list[str]):
+    """ROOT/valid_paths.json, whole or not at all."""
+    try:
+        (root / "valid_paths.json.tmp").write_text(json.dumps(names))
+        os.replace(root / "valid_paths.json.tmp", root / "valid_paths.json")
+    except OSError as error:
+        raise InputError(f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})") from None
+
+
+def add_command(commands) -> None:
+    """`data.py check`: exit code 1 if the tree has defects."""
+    text = "Validate a tree; exit code 1 if it has defects. Write a valid_paths.json of what is sound if it has none."
+    parser = commands.add_parser("check", help="validate a tree", description=text, formatter_class=data.HelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
+    add_workers(parser)
+    parser.set_defaults(run=run)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
+
+
+def run(args: argparse.Namespace) -> None:
+    data.require_positive(args)
+    raise SystemExit(int(check(args.data, args.workers) > 0))

@@ -90,9 +90,12 @@ def main() -> None:
     parser.add_argument("--grid", help="picture to write: the first object's true orbit, and each way's")
     args = parser.parse_args()
     data.require_positive(args, "objects", "batch_size")
+    if min(args.seeds) < 0:
+        raise InputError(f"--seeds {min(args.seeds)}: must not be negative")
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     names = data.list_objects(args.data)[: args.objects]
+    base = args.seed
     orbits = [load_orbit(args.data, name, meta["image_size"]) for name in names]
     lines, rows = [], [list(orbits[0][0][1:])]
     runs = list(itertools.product(WAYS, args.seeds))
@@ -100,7 +103,7 @@ def main() -> None:
         args.stochastic_conditioning, args.shared_noise = WAYS[way]
         scores = []
         for index, (images, depths, w2c) in enumerate(orbits):
-            args.seed = seed * len(orbits) + index
+            args.seed = base + seed * len(orbits) + index
             poses = data.relative_pose(w2c[:1], w2c[1:])
             views = sample.sample_views(images[0], poses, model, encoder, codec, args)
             scores.append((psnr(views, images[1:]).mean().item(), agreement(views, depths[1:], w2c[1:])))

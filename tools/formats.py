@@ -1,12 +1,16 @@
-"""Foreign checkpoints: what Stable Diffusion, zero123, diffusers and transformers call their parameters.
+"""Foreign checkpoints: files, folders and hub repositories of Stable Diffusion, zero123, diffusers and transformers.
 
-All is brought to LDM's names (and timm's, for CLIP), which are ours: `pretrained.py` reads with these tables and
-`tools/convert.py` writes with them. Nothing here is needed to understand the method.
+`read_weights` brings them all to LDM's names (and timm's, for CLIP), which are ours; `tools/convert.py` writes with the
+same tables. Nothing here is needed to understand the method.
 """
 
+import pickle
 import re
+import zipfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data import InputError
@@ -140,6 +144,51 @@ def vae_names(names, back: bool = False) -> dict[str, str]:
 # whole checkpoints
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one file, safetensors or torch's, memory-mapped where the format allows.
+
+    A pickle runs nothing: InputError names the first global in it that is neither torch's own nor in LEFTOVERS.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in LEFTOVERS]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a damaged file provokes in the parsers
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if unsafe:
+            raise InputError(f"{path}: refused, its pickle asks for {unsafe[1]}, which weights do not need") from None
+        raise InputError(f"{path}: truncated, or no checkpoint that reads safely ({type(error).__name__})") from None
+    for key in ("state_dict", "model"):
+        loaded = loaded[key] if isinstance(loaded, dict) and isinstance(loaded.get(key), dict) else loaded
+    tensors = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {k: v for k, v in tensors if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors")
+    return tensors
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file of a run (its latest checkpoint), of a step folder, or the path itself. Raises InputError."""
+    path = Path(path)
+    if (path / "latest").is_file():
+        name = (path / "latest").read_text(errors="replace").strip()
+        if not re.fullmatch(r"step_\d{7}", name):
+            raise InputError(f"{path / 'latest'}: names no checkpoint, {name[:20]!r}")
+        path = path / name
+    if (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    if path.is_dir() and not (path / "unet").exists():
+        raise InputError(f"--ckpt {path}: no checkpoint in this folder")
+    return path
+
+
 def to_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A single model's tensors under LDM's names and prefix, told by the names; a whole LDM checkpoint unchanged."""
     if "unet.time_embed.0.weight" in tensors:  # our own
@@ -179,3 +228,54 @@ def infer_args(weights: dict[str, Tensor]) -> dict:
         num_res_blocks=blocks,
         attention_resolutions=tuple(2**s for s, i in enumerate(first) if f"input_blocks.{i}.1.norm.weight" in shapes),
     )
+
+
+def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> dict[str, Tensor]:
+    """Weights of Stable Diffusion 1.x, zero123 or their like under LDM's names, whatever holds them.
+
+    source: a file (.safetensors, .ckpt, .pt, .pth, .bin; LDM's or diffusers' names), a diffusers folder, or the name
+    of a hub repository; parts: which of PREFIX. zero123's EMA replaces the raw UNet. Raises InputError, in one line,
+    for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
+    """
+    path, hub = Path(source), not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source))
+    if (path / "latest").is_file():  # a run of ours
+        path = find_weights(path)
+    if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
+        path = from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path")
+    tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
+    for folder in ("", *parts) if path.is_dir() else ():
+        files = [*(path / folder).glob("*.safetensors")] or [*(path / folder).glob("*.bin")]
+        if files:  # the shortest name is the plain one, before .fp16 and .non_ema
+            tensors |= to_ldm(read_tensors(min(files, key=lambda file: len(file.name))))
+    if not tensors:
+        raise InputError(f"{source}: no weights in this folder, nor in any of {', '.join(parts)} in it")
+    context = {v.shape[1] for k, v in tensors.items() if k.endswith("attn2.to_k.weight")}
+    linear = any(k.endswith("proj_in.weight") and v.ndim == 2 for k, v in tensors.items())
+    other = "XL" if 2048 in context else "2.x" if linear and 1024 in context and "unet" in parts else None
+    if other:
+        raise InputError(f"{source}: a Stable Diffusion {other} checkpoint (context {max(context)}); 1.x is needed")
+    # zero123's LitEma keeps `model.diffusion_model.a.b` as `model_ema.diffusion_modelab`
+    ema = {k: "model_ema." + k[6:].replace(".", "") for k in tensors if k.startswith(PREFIX["unet"])}
+    if "unet" in parts and ema and all(name in tensors for name in ema.values()):
+        print(f"{source}: taking the EMA of the UNet (model_ema.*), not its raw weights")
+        tensors |= {k: tensors[name] for k, name in ema.items()}
+    return {k: v for k, v in tensors.items() if k.startswith(tuple(PREFIX[part] for part in parts))}
+
+
+def from_hub(repo: str, patterns: list[str], flag: str) -> Path:
+    """The folder of a hub repository's snapshot, with the files that match. Raises InputError."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(hub.constants.ENDPOINT, timeout=10)  # its client would retry for half a minute a file
+        offline = hub.constants.HF_HUB_OFFLINE
+    except Exception:  # of whichever HTTP library it uses
+        offline = True
+    try:
+        return Path(hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        what = f"{repo}: neither here nor to be had from the hub ({type(error).__name__})"
+        names = ", ".join(patterns[:: max(1, len(patterns) // 4)])
+        raise InputError(f"{what}: fetch https://huggingface.co/{repo} ({names}) and give {flag}") from None

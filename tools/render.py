@@ -39,6 +39,8 @@ from tqdm import tqdm
 
 import data
 from data import InputError
+from tools.check import write_list
+from tools.shapes import look_at
 
 EXTENSIONS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".fbx")
 REQUIREMENTS = "pip install -r tools/render-requirements.txt"
@@ -66,7 +68,7 @@ def sample_cameras(seed: int, name: str, views: int, zero123: bool) -> np.ndarra
     x, y, z, r = make_rng(seed, name, 0).uniform(-1, 1, (views, 4)).T
     # Deviation: directions uniform on the sphere; Zero-1-to-3's crowd towards the corners of a cube.
     theta, phi = (np.arctan2(np.hypot(x, y), z), np.arctan2(y, x)) if zero123 else (np.arccos(z), np.pi * x)
-    return data.look_at(*(torch.from_numpy(v) for v in (theta, phi, 1.85 + 0.35 * r))).numpy()
+    return look_at(*(torch.from_numpy(v) for v in (theta, phi, 1.85 + 0.35 * r))).numpy()
 
 
 # ---- in Blender ------------------------------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def main(argv: list[str] | None = None, render=render_mesh):
         shutil.rmtree(out / ".rendering", ignore_errors=True)
         file.write_text(json.dumps(report, indent=1))
         if sound := finished.union(report["rendered"], (name for name in listed if (out / name).is_dir())):
-            data.write_list(out, sorted(sound))
+            write_list(out, sorted(sound))
     print(f"{args.out}: {', '.join(f'{len(report[key])} {key}' for key in list(report)[1:])}; {file} has more")
     if not sound:
         raise InputError(f"--meshes {args.meshes}: nothing could be rendered, {file} says why")

@@ -4,6 +4,7 @@ Unions and differences of textured primitives with different colours on every si
 camera move shows; rendered with Zero-1-to-3's cameras to RGBA and depth.
 """
 
+import argparse
 import colorsys
 import math
 from functools import partial
@@ -15,7 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import TAN_HALF_FOV, InputError, camera_centre, look_at, write_list
+import data
+from data import TAN_HALF_FOV, InputError, camera_centre
+from tools.check import add_workers, write_list
 
 # K primitives, all of one formula: the distance to a box of half-edges (hx,hy,hz), rounded by `rounding`, whose hx
 # grows by `slope` per unit of z (wedges, cones), over local (x,y,z), or (rho - ring,y,z) where ring >= 0 (revolved).
@@ -174,6 +177,18 @@ def render(primitives: list[dict], w2c: torch.Tensor, size: int, light: np.ndarr
     return (rgba * 255).round().byte().cpu().numpy(), depth.half().cpu().numpy()
 
 
+def look_at(theta, phi, radius) -> torch.Tensor:
+    """Spherical coordinates (numbers or broadcastable tensors, radians) -> (...,3,4) float64 world-to-camera.
+
+    The camera looks at the origin with world z up. Right and up are the derivatives of its position by phi and -theta,
+    which unlike cross products with z stay defined at the poles.
+    """
+    theta, phi, r = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (theta, phi, radius)))
+    st, ct, sp, cp, zero = theta.sin(), theta.cos(), phi.sin(), phi.cos(), torch.zeros_like(r)
+    right, up, back = (-sp, cp, zero, zero), (-ct * cp, -ct * sp, st, zero), (st * cp, st * sp, ct, -r)
+    return torch.stack([torch.stack(row, dim=-1) for row in (right, up, back)], dim=-2)
+
+
 def write_object(out: Path, views: int, size: int, seed: int, device: str, orbit: bool, digits: int, index: int) -> str:
     """Makes and renders object `index`, which depends on (seed, index) only. Returns its name."""
     rng, folder = np.random.default_rng((seed, index)), out / f"{index:0{digits}d}"
@@ -202,3 +217,23 @@ def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: st
     torch.set_num_threads(1)  # many small operations: threads only wait for each other; processes share the work
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
     write_list(out, list(tqdm(loader, desc="shapes", unit="object")))
+
+
+def add_command(commands) -> None:
+    """`data.py shapes`."""
+    text = "Render procedural objects: RGBA, poses and depth."
+    parser = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=data.HelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
+    parser.add_argument("--objects", type=int, default=512, help="number of objects")
+    parser.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
+    parser.add_argument("--size", type=int, default=64, help="width and height in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="object i depends on this and i only")
+    parser.add_argument("--orbit", action="store_true", help="views evenly around the object instead of anywhere")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
+    add_workers(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    data.require_positive(args, "objects", "views", "size")
+    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)

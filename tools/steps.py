@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--out", default="out/steps", help="writes OUT.png, OUT.pdf and OUT.jsonl")
     args = parser.parse_args()
     data.require_positive(args, "pairs", "batch_size")
+    args.steps = sorted(set(args.steps))
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction

@@ -7,10 +7,11 @@ without a model come below. Prints Markdown.
 """
 
 import argparse
+import json
 
 import data
 from data import InputError
-from visualize import mean_and_spread, read_lines
+from visualize import ALIKE, mean_and_spread, read_lines
 
 METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE on [-1,1]"}
 
@@ -22,8 +23,10 @@ def main() -> None:
         "--by", nargs="+", default=["t_sampling", "t_mean", "t_std", "amalgamate"], help="flags of train.py"
     )
     args = parser.parse_args()
-    lines = [line for path in args.eval for line in read_lines(path)]
-    runs = {(line["checkpoint"], line["row"]): line for line in sorted(
+    lines = [line for path in args.eval for line in read_lines(path) if "row" in line]
+    if not lines:
+        raise InputError(f"--eval {' '.join(args.eval)}: no scores of evaluate.py")
+    runs = {(line["run_args"].get("out"), line["row"]): line for line in sorted(
         (line for line in lines if line.get("run_args")), key=lambda line: line["step"])}  # fmt: skip
     groups: dict[tuple, list[dict]] = {}
     for line in runs.values():
@@ -33,7 +36,10 @@ def main() -> None:
     for line in lines:
         if not line.get("run_args"):
             groups.setdefault((*("" for _ in args.by), line["row"]), [line])
-    metrics = [key for key in METRICS if any(line.get(key) is not None for line in lines)]
+    metrics = [key for key in METRICS if all(line.get(key) is not None for line in lines)]
+    for key in ALIKE:
+        if len({json.dumps(line.get(key)) for line in runs.values()}) > 1:
+            raise InputError(f"--eval: the lines differ in {key}, which does not compare")
     print("|", " | ".join([*args.by, "row", "runs", *(METRICS[key] for key in metrics)]), "|")
     print("|" + "---|" * (len(args.by) + 2 + len(metrics)))
     for key, group in groups.items():
