@@ -127,7 +127,8 @@ def write_atomically(path: Path, write) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         flush(temporary)
         os.replace(temporary, path)

@@ -30,21 +30,7 @@ from sample import seeded, to_pil
 
 LABELS = {"lpips": "LPIPS ↓", "psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
-ALIKE = [
-    "data",
-    "split",
-    "protocol",
-    "pairs",
-    "image_size",
-    "lpips_net",
-    "steps",
-    "eta",
-    "scale",
-    "seed",
-    "sampler",
-    "val_fraction",
-    "precision",
-]
+ALIKE = "data split protocol pairs image_size lpips_net sampler steps eta scale seed val_fraction precision".split()
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])
 matplotlib.rc("axes", prop_cycle=CYCLE)

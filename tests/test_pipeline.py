@@ -395,7 +395,7 @@ def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_p
     torch.testing.assert_close(images.image(3, 2), data.load_image(tree / "00003" / "002.png", 32)[0])
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "00003" / "001.png").unlink()
-    with pytest.raises(InputError, match="00003: no readable view has view 1's pose"):
+    with pytest.raises(InputError, match="00003: no readable view has view"):
         call(train, "--archive", archive, "--online", "--data", tmp_path / "tree", *FROZEN[4:-2], *TRAIN, "--steps", 20,
              "--out", tmp_path / "x")  # fmt: skip
 
