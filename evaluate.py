@@ -149,8 +149,6 @@ def evaluate_row(settings: dict, pairs: list[dict], predict, metrics: dict, args
         values = torch.tensor([row[key] for share in shares for row in share], dtype=torch.float64)  # (pairs, samples)
         spread = values.std(1).mean().item() if values.shape[1] > 1 else None
         line |= {key: values.mean().item(), f"{key}_spread": spread}
-    if args.rank == 0:
-        print(f"{settings['row']}, {len(pairs)} pairs:", ", ".join(f"{key} {line[key]:.4g}" for key in metrics))
     return {identity: line}
 
 
@@ -228,6 +226,11 @@ def main() -> None:
     if args.rank == 0:
         text = "".join(json.dumps(line) + "\n" for line in (open_table(out) | lines).values())
         write_atomically(out, lambda temporary: temporary.write_text(text))
+        print(f"{'PSNR':>33} {'SSIM':>8} {'LPIPS':>8} {'MSE':>8}  pairs")
+        for line in lines.values():
+            scores = (line[key] for key in ("psnr", "ssim", "lpips", "mse"))
+            cells = " ".join("       -" if score is None else f"{score:8.4g}" for score in scores)
+            print(f"{line['row']:24} {cells} {line['pairs']:6}  {line.get('checkpoint', '')}")
 
 
 if __name__ == "__main__":
