@@ -10,6 +10,7 @@ line a row, in place of one of the same settings; OUT.pairs/ every pair's values
 
 import argparse
 import hashlib
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -73,8 +74,9 @@ def fixed_pairs(root: str, val_fraction: float, split: str, protocol: str, count
     "pairs": as in training, one an object, and for a higher `count` of more epochs; "first": an object's first view is
     the input, all others are targets. Repeats and objects of one view are left out. Raises InputError if none stay."""
     names = data.list_objects(root)
-    chosen = {*data.split_objects(names, val_fraction, split)[:count]}  # no more folders are read than it takes
-    views = {i: v for i, name in enumerate(names) if name in chosen and len(v := data.list_views(root, name)) > 1}
+    chosen = {*data.split_objects(names, val_fraction, split)}
+    usable = ((i, v) for i, name in enumerate(names) if name in chosen and len(v := data.list_views(root, name)) > 1)
+    views = dict(itertools.islice(usable, count))  # no more folders are read than it takes
     if not views:
         raise InputError(f"{root}: no object with two views in --split {split} at --val_fraction {val_fraction}")
     drawn = [(i, 0, j) for i, v in views.items() for j in range(1, len(v))]

@@ -117,6 +117,14 @@ def test_pairs_are_fixed_and_held_out(tree):
         evaluate.fixed_pairs(tree, 0.0, "val", "pairs")
 
 
+def test_objects_of_one_view_take_no_pair_away(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    for view in (1, 2, 3):
+        (tmp_path / "tree" / "00009" / f"{view:03d}.png").unlink()
+    pairs = evaluate.fixed_pairs(tmp_path / "tree", 0.25, "val", "pairs", 2)
+    assert [pair["object"] for pair in pairs] == [10, 11]
+
+
 @pytest.mark.parametrize("n", [2, 3, 10, 101])
 def test_shuffling_gives_every_pair_anothers_move(n):
     pairs = [{"key": i, "move": i} for i in range(n)]
