@@ -387,11 +387,10 @@ class Archive(torch.utils.data.Dataset):
         self.shapes = {"latent_mean": latent, "latent_logvar": latent, "cls": (encoder["cls_dim"],), "pose": (3, 4)}
         self.shapes |= {"alpha": patch[:1]} | ({"patch": patch} if patch[1] else {})
         chosen = set(split_objects(names, self.manifest["val_fraction"], split))
-        rows, self.names, self.shards, self.skipped = [], [], 0, 0
+        rows, self.names = [], []
         for shard, first in enumerate(range(0, len(names), SHARD_OBJECTS)):
             if not shard_path(root, shard).exists():
                 continue  # a partial archive is an archive
-            self.shards += 1
             handle = open_shard(shard_path(root, shard))
             offsets = handle.get_tensor("view_offset").flatten().tolist()
             members = names[first : first + SHARD_OBJECTS]
@@ -403,7 +402,6 @@ class Archive(torch.utils.data.Dataset):
                 if name in chosen and stop - start >= 2:
                     rows.append((shard, start, stop - start))
                     self.names.append(name)
-                self.skipped += name in chosen and stop - start < 2
         if not rows and split != "val":
             raise InputError(f"{root}: no object of the {split} split has two archived views")
         self.rows = np.array(rows, dtype=int).reshape(-1, 3)

@@ -209,13 +209,16 @@ def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.d
     """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU."""
     with autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
-    out = {}
-    for key, value in rows.items():
-        dtype = torch.float8_e4m3fn if key == "patch" and args.patch_dtype == "fp8" else torch.float16
-        limit = torch.finfo(dtype).max
-        out[key] = value.float().clamp(-limit, limit).to(dtype).cpu()  # a cast to fp8 saturates to NaN otherwise
+    out = {key: stored(value, args.patch_dtype if key == "patch" else "fp16").cpu() for key, value in rows.items()}
     alpha = (255 * patch_cover(batch["alpha"], encoder.tokens)).round().to(torch.uint8)
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
+
+
+def stored(value: Tensor, form: str) -> Tensor:
+    """In the number format fp16 or fp8, clamped to its range: a cast to fp8 saturates to NaN otherwise."""
+    dtype = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}[form]
+    limit = torch.finfo(dtype).max
+    return value.float().clamp(-limit, limit).to(dtype)
 
 
 def patch_cover(alpha: Tensor, tokens: int) -> Tensor:
@@ -242,16 +245,15 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
     return {"mean": mean.float().cpu(), "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu()}
 
 
-def storage_error(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> float:
-    """Of a batch's patch features as archived (PCA, fp8): the error's root mean square over that of the features."""
-    stored = encode_views(batch, encoder, codec, args, device)["patch"].to(device).float()
-    if encoder.pca is not None:
-        stored = stored @ encoder.pca.T + encoder.pca_mean
-    pca, encoder.pca = encoder.pca, None
+def storage_error(image: Tensor, encoder, args, device: torch.device) -> float:
+    """Of images' patch features as archived (PCA, fp8): the error's root mean square over that of the features."""
     with autocast(device, args.precision):
-        exact = encoder(batch["image"].to(device))[1]
-    encoder.pca = pca
-    return ((stored - exact).norm() / exact.norm()).item()
+        exact = encoder.features(image.to(device))[1]
+        found = encoder.project(exact)
+    found = stored(found, args.patch_dtype).float()
+    if encoder.pca is not None:
+        found = found @ encoder.pca.T + encoder.pca_mean
+    return ((found - exact).norm() / exact.norm()).item()
 
 
 def bytes_per_view(encoder, codec, args) -> int:
@@ -379,7 +381,7 @@ def main() -> None:
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
             batch = next((b for b in load_views({0: (train or names)[:8]}, args) if len(b["object"])), None)
-            error = storage_error(batch, encoder, codec, args, device) if batch else math.nan
+            error = storage_error(batch["image"], encoder, args, device) if batch else math.nan
             print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
     if world > 1:
         dist.barrier()

@@ -253,6 +253,16 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        cls, patch = self.features(image)
+        return cls, self.project(patch)
+
+    def project(self, patch: Tensor | None) -> Tensor | None:
+        """Patch features (B, T, K0) through the PCA, where there is one: (B, T, feature_dim)."""
+        return patch if patch is None or self.pca is None else (patch - self.pca_mean) @ self.pca
+
+    @torch.no_grad()
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` before the PCA."""
         size = (self.image_size, self.image_size)
         if self.clip:  # Zero-1-to-3's preprocessing: no antialias
             x = F.interpolate(image.float(), size, mode="bicubic", align_corners=True)
@@ -266,8 +276,6 @@ class ImageEncoder(nn.Module):
         cls = self.vit.forward_head(x)  # [CLS] behind the final norm, and CLIP's behind its projection
         cls = cls.float() if self.clip else plain_norm(cls)  # CLIP's stays what Zero-1-to-3 expects
         patch = torch.cat([plain_norm(h) for h in hidden], dim=2) if hidden else None  # (B, T, K0), shallow to deep
-        if patch is not None and self.pca is not None:
-            patch = (patch - self.pca_mean) @ self.pca
         return cls, patch
 
     def spec(self) -> dict:

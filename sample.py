@@ -3,7 +3,7 @@
     python sample.py --ckpt runs/demo --image photo.png --azimuth 30 60 90 --device cpu     # a CPU, small model
     python sample.py --ckpt runs/full --image photo.png --orbit 12                          # one GPU
     python sample.py --ckpt runs/full --image photos/ --azimuth 90 --elevation 20 --steps 50 --scale 3
-    python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning    # consistent views
+    python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning    # for consistency
 
 Writes OUT/<image's name>/: input.png (what the model was shown), 000.png ... (a view a pose), grid.png, orbit.gif.
 Camera moves are relative to the input view: --azimuth turns the camera counter-clockwise about the object seen from
@@ -103,7 +103,6 @@ def ddim(
     eta; on_step(i, x0) is called with each step's predicted x0.
     """
     device, shape = conditions[0]["latent"].device, conditions[0]["latent"].shape[1:]
-
     choosers = [torch.Generator().manual_seed(g.initial_seed() + 1) for g in generators]  # lest draws shift the noise
 
     def noise() -> Tensor:
@@ -293,8 +292,8 @@ def main() -> None:
     group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
     group = parser.add_argument_group("sampler")
     add_sampler_flags(group)
-    group.add_argument("--stochastic_conditioning", action="store_true", help="consistent views, one at a time: each "
-                       "step is conditioned on the input or an earlier view, drawn at random")  # fmt: skip
+    group.add_argument("--stochastic_conditioning", action="store_true", help="for consistency: one view at a time, "
+                       "each step conditioned on the input or an earlier view, drawn at random")  # fmt: skip
     group.add_argument("--shared_noise", action="store_true", help="the same noise for all views of an image")
     group.add_argument("--batch_size", type=int, default=16, help="views at a time")
     group = parser.add_argument_group("output")

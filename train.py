@@ -213,12 +213,13 @@ def open_data(args, device: torch.device):
     else:
         train_set = data.Archive(args.archive, "train", args.seed, args.data)
         val_set = data.Archive(args.archive, "val", 0, args.data)
-        keys, file = ("encoder", "codec", "image_size", "val_fraction"), Path(args.archive) / "frozen.safetensors"
-        frozen = {key: train_set.manifest[key] for key in keys}
-        frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
+        frozen = {key: train_set.manifest[key] for key in ("encoder", "codec", "image_size", "val_fraction")}
         if args.online:  # archived latents, features as training goes
             encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
             frozen |= {"encoder": encoder.to(device).spec(), "tensors": pretrained.own_tensors(encoder)}
+        else:
+            file = Path(args.archive) / "frozen.safetensors"
+            frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
     if not len(train_set):
         raise InputError(f"{args.archive or args.data}: no training object with two views")
 

@@ -64,10 +64,17 @@ def read_scores(args, alike: list[str]) -> list[dict]:
         line["samples"] = line["step"] * line["train.global_batch"]
     for key, _, value in (condition.partition("=") for condition in args.where):
         lines = [line for line in lines if str(line.get(f"train.{key}", line.get(key))) == value]
-    for key in alike:
-        if len(values := {json.dumps(line.get(key)) for line in lines}) > 1:
-            raise InputError(f"--eval: {key} {' and '.join(sorted(values))} don't compare; choose by --where")
+    if differ := first_difference(lines, alike):
+        raise InputError(f"--eval: {differ} don't compare; choose by --where")
     return lines
+
+
+def first_difference(lines: list[dict], keys: list[str]) -> str | None:
+    """The first of the keys in which the lines differ, and how; None where they agree in all."""
+    for key in keys:
+        if len(values := {json.dumps(line.get(key)) for line in lines}) > 1:
+            return f"{key} {' and '.join(sorted(values))}"
+    return None
 
 
 def mean_and_spread(values) -> tuple[np.ndarray, np.ndarray]:

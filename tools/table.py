@@ -7,11 +7,10 @@ without a model come below. Prints Markdown.
 """
 
 import argparse
-import json
 
 import data
 from data import InputError
-from visualize import ALIKE, mean_and_spread, read_lines
+from visualize import ALIKE, first_difference, mean_and_spread, read_lines
 
 METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE on [-1,1]"}
 
@@ -37,9 +36,8 @@ def main() -> None:
         if not line.get("run_args"):
             groups.setdefault((*("" for _ in args.by), line["row"]), [line])
     metrics = [key for key in METRICS if all(line.get(key) is not None for line in lines)]
-    for key in ALIKE:
-        if len({json.dumps(line.get(key)) for line in runs.values()}) > 1:
-            raise InputError(f"--eval: the lines differ in {key}, which does not compare")
+    if differ := first_difference(list(runs.values()), ALIKE):
+        raise InputError(f"--eval: the lines differ in {differ}, which don't compare")
     print("|", " | ".join([*args.by, "row", "runs", *(METRICS[key] for key in metrics)]), "|")
     print("|" + "---|" * (len(args.by) + 2 + len(metrics)))
     for key, group in groups.items():
