@@ -595,8 +595,9 @@ def main() -> None:
                 bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()
+    del batches  # its idle workers end
     for worker in multiprocessing.active_children():
-        worker.kill()  # they block SIGTERM, and what they still read is not wanted
+        worker.kill()  # others block SIGTERM, and what they still read is not wanted
     if rank == 0:
         print(f"{out}: {done if start < args.steps else start} steps in {seconds:.0f} s of training")
     if world > 1:

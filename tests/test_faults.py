@@ -346,6 +346,7 @@ def test_signals_and_a_killed_worker(small, tmp_path):
     codes = {name: wait(pid) for name, pid in pids.items()}
     assert codes == {"group": 0, "twice": -signal.SIGUSR1, "worker": 1}, (tmp_path / "group.log").read_text()
     assert (tmp_path / "group" / "preempted").exists() and newest(tmp_path / "group") == 5
+    assert not any("Traceback" in (tmp_path / f"{name}.log").read_text() for name in setups)
     one_error(tmp_path / "worker.log", "DataLoader worker")
     assert newest(tmp_path / "twice") == newest(tmp_path / "worker") == 4
 
@@ -408,6 +409,7 @@ def test_torchrun_passes_the_signal_on(archive, tmp_path):
     printed, steps = (tmp_path / "out").read_text(), [line["step"] for line in log_lines(tmp_path)]
     assert (tmp_path / "preempted").exists() and f"by a signal after step {steps[-1]}" in printed, printed[-3000:]
     assert steps == list(range(1, len(steps) + 1)) and newest(tmp_path) == steps[-1]
+    assert "DataLoader worker" not in printed, printed[-3000:]
 
 
 # --------------------------------------------------------------------------------------------------- disk and data
