@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -304,8 +305,9 @@ class ImagePairs(torch.utils.data.Dataset):
 
 # ---- the archive -----------------------------------------------------------------------------------------------------
 
-ARCHIVE_FORMAT = 1
+ARCHIVE_FORMAT = 2
 SHARD_OBJECTS = 256
+TABLES = ("view_offset", "crc32")  # objects' first rows, and a checksum of each row by the ROW_KEYS
 ROW_KEYS = ("latent_mean", "latent_logvar", "cls", "patch", "alpha", "pose")
 
 
@@ -323,8 +325,20 @@ def read_manifest(root: str) -> dict:
         raise InputError(f"{path}: archive format {version}, this code reads {ARCHIVE_FORMAT}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: malformed metadata, objects")
+    if manifest.pop("crc32", crc := json_checksum(manifest)) != crc:
+        raise InputError(f"{path}: damaged, its checksum does not match (edited by hand? then take crc32 out)")
     check_specs(path, manifest)
     return manifest
+
+
+def json_checksum(value: dict) -> int:
+    """CRC-32 of what json makes of a manifest without its "crc32"."""
+    return zlib.crc32(json.dumps({key: each for key, each in value.items() if key != "crc32"}).encode())
+
+
+def checksum(key: str, tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor, with its name and type: safetensors has none."""
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode()))
 
 
 SPECS = {
@@ -359,14 +373,16 @@ def shard_path(root: str, shard: int) -> Path:
 
 
 def open_shard(path: Path):
-    """A memory-mapped shard. Raises InputError naming the file when it is truncated or is not a shard."""
+    """A memory-mapped shard. Raises InputError naming the file when it is truncated, damaged or not a shard."""
     try:
         handle = safe_open(path, framework="pt")
-        if missing := {"view_offset", *ROW_KEYS} - {"patch"} - set(handle.keys()):
+        if missing := {"view_offset", "crc32", *ROW_KEYS} - {"patch"} - set(handle.keys()):
             raise InputError(f"{path}: not an archive shard (no {', '.join(sorted(missing))})")
+        if (handle.metadata() or {}).get("crc32") != str([checksum(k, handle.get_tensor(k)) for k in TABLES]):
+            raise SafetensorError("its checksum does not match")
         return handle
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: unreadable shard ({error}); delete it and rerun precompute_dino.py") from None
+        raise InputError(f"{path}: damaged shard ({error}); delete it and rerun precompute_dino.py") from None
 
 
 class Archive(torch.utils.data.Dataset):
@@ -385,7 +401,7 @@ class Archive(torch.utils.data.Dataset):
         side = self.manifest["image_size"] // codec["factor"]
         latent, patch = (codec["channels"], side, side), (encoder["tokens"], encoder["feature_dim"])
         self.shapes = {"latent_mean": latent, "latent_logvar": latent, "cls": (encoder["cls_dim"],), "pose": (3, 4)}
-        self.shapes |= {"alpha": patch[:1]} | ({"patch": patch} if patch[1] else {})
+        self.shapes |= {"alpha": patch[:1], "crc32": (len(ROW_KEYS),)} | ({"patch": patch} if patch[1] else {})
         chosen = set(split_objects(names, self.manifest["val_fraction"], split))
         rows, self.names = [], []
         for shard, first in enumerate(range(0, len(names), SHARD_OBJECTS)):
@@ -416,19 +432,29 @@ class Archive(torch.utils.data.Dataset):
             size = path.stat().st_size
             if shard not in self.maps:
                 handle = open_shard(path)
-                self.maps[shard] = size, {key: handle.get_tensor(key) for key in self.shapes}
+                tensors = {key: handle.get_tensor(key) for key in self.shapes}
+                self.maps[shard] = size, tensors | {"crc32": tensors["crc32"].numpy()}  # whose elements come cheaper
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: unreadable shard ({error})") from None
+            raise InputError(f"{path}: damaged shard ({error})") from None
         opened_size, tensors = self.maps[shard]
         if size != opened_size:  # to read a memory map beyond its file's end would kill the process
             raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
         return tensors
 
+    def read(self, shard: int, key: str, row: int) -> torch.Tensor:
+        """A row of a shard that is mapped. Raises InputError where its checksum does not match."""
+        tensors = self.maps[shard][1]
+        value = tensors[key][row]
+        if checksum(key, value) != tensors["crc32"][row, ROW_KEYS.index(key)]:
+            what = f"{shard_path(self.root, shard)}: damaged shard ({key} of its view {row})"
+            raise InputError(f"{what}; delete it and rerun precompute_dino.py")
+        return value
+
     def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Rows of one view of object `index`, each without its batch axis."""
         shard, start, _ = self.rows[index].tolist()
-        tensors = self.shard(shard)
-        return {key: tensors[key][start + view] for key in keys}
+        self.shard(shard)
+        return {key: self.read(shard, key, start + view) for key in keys}
 
     def image(self, index: int, view: int) -> torch.Tensor:
         """The image (3,H,W) that a view was archived of, found by its pose. Raises InputError."""
@@ -442,11 +468,12 @@ class Archive(torch.utils.data.Dataset):
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
         places = [self.rows[index, :2].tolist() for index, _, _ in draws]
-        maps = {shard: self.shard(shard) for shard in {shard for shard, _ in places}}  # checked once a batch
+        for shard in {shard for shard, _ in places}:  # their sizes are looked at once a batch
+            self.shard(shard)
 
         def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
             both = zip(places, draws, strict=True)
-            return torch.stack([maps[shard][key][start + draw[which]] for (shard, start), draw in both])
+            return torch.stack([self.read(shard, key, start + draw[which]) for (shard, start), draw in both])
 
         batch = {"target_mean": gather("latent_mean", 2), "target_logvar": gather("latent_logvar", 2)}
         batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}

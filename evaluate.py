@@ -26,7 +26,8 @@ import data
 import pretrained
 import sample
 from data import InputError
-from precompute_dino import set_up, write_atomically
+from precompute_dino import set_up
+from tools.durable import write_atomically
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

@@ -10,26 +10,24 @@ Neither encoder takes part in backpropagation, so training need not run them. Th
 
 An archive is ARCHIVE/manifest.json and a shard ARCHIVE/%05d.safetensors for every 256 objects: the views of its objects
 along the first axis, as latent_mean, latent_logvar (N,C,h,w) float16, cls (N,D) float16, patch (N,T,K) float16 or
-float8_e4m3fn, alpha (N,T) uint8 (the object's cover of each patch), pose (N,3,4) float32; view_offset (objects+1,)
-int64. A shard appears whole or not at all, and rerunning the command goes on where it was stopped.
+float8_e4m3fn, alpha (N,T) uint8 (the object's cover of each patch), pose (N,3,4) float32, crc32 (N,6) int64 (of
+each row); view_offset (objects+1,) int64. A shard appears whole or not at all; rerunning the command goes on.
 """
 
 import argparse
-import contextlib
-import fcntl
 import itertools
 import json
 import math
 import os
 import shutil
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -37,6 +35,7 @@ from tqdm import tqdm
 import data
 import pretrained
 from data import InputError
+from tools.durable import lock, write_atomically
 
 # ------------------------------------------------------------------------------------------- shared with train, sample
 
@@ -109,55 +108,6 @@ def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[st
     weights = saved if args.weights == "random" and saved else args.weights
     encoder = pretrained.ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
     return encoder.to(device), codec.to(device, memory_format=torch.channels_last)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Make the folder, call write(temporary path), flush to disk, rename: the file appears whole or not at all.
-
-    Raises InputError naming the path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise InputError(f"{path}: could not be written ({error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def lock(folder: Path, flag: str):
-    """Make the folder, hold FOLDER/lock while the result lives, clear away what a killed job left half-written.
-
-    Raises InputError where another job holds it. A POSIX lock: data workers don't inherit it, and NFS has it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{flag} {folder}: another job is writing there") from None
-        except OSError as error:
-            print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
-        for stale in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):  # ours, and safetensors' own
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}") from None
-    return file
 
 
 # ------------------------------------------------------------------------------------------------------ the writer
@@ -307,7 +257,7 @@ def open_manifest(args, encoder, codec, names: list[str]) -> None:
     }
     path = Path(args.archive) / "manifest.json"
     if not path.exists():
-        text = json.dumps(manifest, indent=1)
+        text = json.dumps(manifest | {"crc32": data.json_checksum(manifest)}, indent=1)
         return write_atomically(path, lambda temporary: temporary.write_text(text))
     there = data.read_manifest(args.archive)
     for key, flag in (("encoder", "--weights"), ("codec", "--vae")):
@@ -330,8 +280,18 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
         tensors = {key: torch.cat([row[key] for row in rows]).contiguous() for key in rows[0]}  # latents come NHWC
         counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
         tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
-        write_atomically(data.shard_path(args.archive, shard), lambda path, t=tensors: save_file(t, path))
+        save_shard(data.shard_path(args.archive, shard), tensors)
     return bad
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A shard with its checksums."""
+    tensors["crc32"] = torch.zeros(len(tensors["pose"]), len(data.ROW_KEYS), dtype=torch.int64)
+    for column, key in enumerate(data.ROW_KEYS):
+        if key in tensors:
+            tensors["crc32"][:, column] = torch.tensor([data.checksum(key, row) for row in tensors[key]])
+    meta = {"crc32": str([data.checksum(key, tensors[key]) for key in data.TABLES])}
+    write_atomically(path, partial(save_file, tensors, metadata=meta))
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ import data
 import pretrained
 from data import InputError
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
-from precompute_dino import autocast, encode, set_up, write_atomically
+from precompute_dino import autocast, encode, set_up
+from tools.durable import write_atomically
 
 # ------------------------------------------------------------------------------------------------------------- DDIM
 

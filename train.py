@@ -17,17 +17,13 @@ import math
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
-import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +34,8 @@ import pretrained
 import sample
 from data import InputError
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from precompute_dino import add_encoder_flags, autocast, encode, flush, lock, open_frozen, set_up, write_atomically
+from precompute_dino import add_encoder_flags, autocast, encode, open_frozen, set_up
+from tools import durable
 
 BINS = 10  # of the loss by timestep
 
@@ -310,123 +307,20 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
-STATE_FORMAT = 1
-FIXED = ("width", "channel_mult", "res_blocks", "attention", "heads", "context_dim", "amalgamate", "prediction", "seed")
-FIXED += ("frozen",)
-STEP = "step_" + 7 * "[0-9]"
-
-
-def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, args) -> None:
-    """RUN/step_*/ with model.safetensors (EMA) and state.pt (what resuming takes); appears whole or not at all."""
-    folder, temporary = out / f"step_{state['step']:07d}", out / ".step.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        meta = {key: value for key, value in frozen.items() if key != "tensors"}
-        meta |= {key: state[key] for key in ("step", "seconds", "args")}
-        pretrained.save_model(temporary / "model.safetensors", ema, meta, frozen["tensors"])
-        torch.save(state, temporary / "state.pt")
-        for file in (*temporary.iterdir(), temporary):
-            flush(file)
-        shutil.rmtree(folder, ignore_errors=True)  # an unreadable one, passed over when resuming
-        os.rename(temporary, folder)
-        flush(out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
-    write_atomically(out / "latest", lambda path: path.write_text(folder.name))
-    older = [old for old in sorted(out.glob(STEP)) if old <= folder]  # newer ones are unreadable: passed over
-    for old in older[: -args.keep]:
-        if not (args.keep_every and int(old.name[5:]) % args.keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
-    """(state, EMA weights) of the newest readable checkpoint; an unreadable one is named and passed over.
-
-    Raises InputError where none is, or where the newest is of another format.
-    """
-    folders = sorted(out.glob(STEP), reverse=True)
-    for folder in folders:
-        try:
-            if damaged := zipfile.ZipFile(folder / "state.pt").testzip():  # torch.load compares no checksums
-                raise ValueError(f"{damaged} does not match its checksum")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            form, weights = state["format"], pretrained.read_model(folder / "model.safetensors")[1]
-        except Exception as error:  # whatever a torn file makes of torch.load
-            why = error if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:100]}"
-            print(f"{folder}: unreadable ({why}); trying the one before it", file=sys.stderr)
-            continue
-        if form != STATE_FORMAT:
-            raise InputError(f"{folder}: checkpoint format {form}, this code reads {STATE_FORMAT}")
-        return state, weights
-    if folders:
-        raise InputError(f"--out {out}: none of its {len(folders)} checkpoints is readable")
-    return None
-
-
-def match_flags(args, facts: dict, saved: dict) -> list[str]:
-    """Hold flags and facts against those of the checkpoint: recompute accumulation, return what changed, in words."""
-    changed = {k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v}
-    if "frozen" in changed:
-        raise InputError(f"--archive or --data: {args.out} was started with another encoder, codec or image size")
-    if refused := [k for k in changed if k in FIXED]:
-        raise InputError(f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change")
-    world, global_batch = facts["processes"], saved["global_batch"]
-    if global_batch % (args.batch_size * world):
-        raise InputError(f"--batch_size {args.batch_size} on {world} process(es) does not divide the run's "
-                         f"global batch of {global_batch}")  # fmt: skip
-    flag, args.accumulate = args.accumulate, global_batch // (args.batch_size * world)
-    changed.pop("accumulate", None)
-    if args.accumulate != flag:
-        changed["accumulate"] = (flag, f"{args.accumulate}, which keeps the global batch of {global_batch}")
-    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drop log lines beyond the step resumed from, and a torn last one."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-def catch_signals() -> list[int]:
-    """SIGNALS land in the list, for the loop to see; a second one stops the process at once."""
-    caught: list[int] = []
-
-    def handler(number, frame):
-        caught.append(number)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-
-    for number in SIGNALS:
-        signal.signal(number, handler)
-    return caught
-
 
 # ------------------------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
     args = parse_args()
-    caught = catch_signals()
+    caught = durable.catch_signals()
     device, rank, world = set_up(args, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     out = Path(args.out)
     if rank == 0:
-        held = lock(out, "--out")  # noqa: F841 (closing it would let go)
+        held = durable.lock(out, "--out")  # noqa: F841 (closing it would let go)
         (out / "preempted").unlink(missing_ok=True)
 
     # data, model, EMA, optimiser
@@ -435,7 +329,7 @@ def main() -> None:
     example = prepare(train_set[[0]])
     latent_shape = example[0].shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
-    resumed = newest_checkpoint(out)
+    resumed = durable.newest_checkpoint(out)
     if args.init and not resumed:
         pretrained.load_pretrained(model, pretrained.read_weights(args.init))
     model.to(device, memory_format=torch.channels_last)
@@ -457,7 +351,7 @@ def main() -> None:
     facts = {"processes": world, "objects": len(train_set), "frozen": kept}
     if resumed:
         state, weights = resumed
-        changed = match_flags(args, facts, state["args"])
+        changed = durable.match_flags(args, facts, state["args"])
         if changed and rank == 0:
             print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
         model.load_state_dict(state["model"])
@@ -484,13 +378,13 @@ def main() -> None:
     positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
     options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, durable.SIGNALS)
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, durable.SIGNALS)
     log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
     if rank == 0:
-        trim_log(log_path, start)
+        durable.trim_log(log_path, start)
         bar.write(
             f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} objects, "
             f"{global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; steps {start} to {args.steps}"
@@ -498,12 +392,7 @@ def main() -> None:
 
     def log(record: dict) -> None:
         if rank == 0:
-            try:
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                flush(log_path)
-            except OSError as error:
-                raise InputError(f"{log_path}: {error.strerror}; checkpoints are intact") from None
+            durable.append(log_path, json.dumps(record) + "\n")
 
     mark, marked = start, seconds  # step and seconds of the last log line
     clock = time.perf_counter()
@@ -584,14 +473,14 @@ def main() -> None:
             codec = codec or pretrained.open_codec(frozen["codec"], args.vae).to(device)
             save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
         if save_due and rank == 0:
-            state = {"format": STATE_FORMAT, "step": done, "seconds": seconds, "skips": skips}
+            state = {"step": done, "seconds": seconds, "skips": skips}
             state |= {"window": total * (not log_due), "args": vars(args) | facts | {"global_batch": global_batch}}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(out, state, ema, frozen, args)
+            durable.save_checkpoint(out, state, ema, frozen, args)
         clock = time.perf_counter()
         if stop and done < args.steps:
             if rank == 0:
-                write_atomically(out / "preempted", Path.touch)
+                durable.write_atomically(out / "preempted", Path.touch)
                 bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()

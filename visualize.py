@@ -25,8 +25,8 @@ import data
 import pretrained
 from data import InputError
 from model import TIMESTEPS, sample_timesteps, timestep_density
-from precompute_dino import write_atomically
 from sample import seeded, to_pil
+from tools.durable import write_atomically
 
 LABELS = {"lpips": "LPIPS ↓", "psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training

@@ -30,6 +30,7 @@ import precompute_dino
 import pretrained
 import train
 from data import InputError
+from tools import durable
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which CUDA forbids: CUDA_VISIBLE_DEVICES=")
 LONG = bool(os.environ.get("LONG"))
@@ -92,7 +93,7 @@ def poison(steps) -> None:
 def restore(monkeypatch):
     for module, name in ((train, "learning_rate"), (train, "q_sample"), (data, "SHARD_OBJECTS")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    before = {number: signal.getsignal(number) for number in train.SIGNALS}
+    before = {number: signal.getsignal(number) for number in durable.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -145,7 +146,7 @@ def at4(small, tmp_path) -> Path:
 
 
 def newest(run: Path) -> int:
-    return train.newest_checkpoint(run)[0]["step"]
+    return durable.newest_checkpoint(run)[0]["step"]
 
 
 def log_lines(run: Path) -> list[dict]:
@@ -219,7 +220,7 @@ def test_archiving_killed_at_random_moments_loses_nothing(small, tree, tmp_path)
 @pytest.mark.parametrize("how", ["die", "raise"])
 def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
     """Each call that writes checkpoint 6, beside 2 and 4, dies (a half-written file behind it) or finds a full disk."""
-    (state, weights), run = train.newest_checkpoint(small / "at4"), tmp_path / "run"
+    (state, weights), run = durable.newest_checkpoint(small / "at4"), tmp_path / "run"
     meta, tensors, model = pretrained.read_model(small / "at4" / "step_0000004" / "model.safetensors")
     meta["tensors"] = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
     frozen = {key: meta[key] for key in ("encoder", "codec", "image_size", "val_fraction", "tensors")}
@@ -227,7 +228,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
     writes += [(os, "unlink"), (os, "rmdir")] if how == "die" else []
 
     def save():
-        train.save_checkpoint(run, state | {"step": 6}, model, frozen, Namespace(keep=2, keep_every=0))
+        durable.save_checkpoint(run, state | {"step": 6}, model, frozen, Namespace(keep=2, keep_every=0))
 
     def fail_at(k):
         calls = iter(range(99))
@@ -253,7 +254,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(small / "at4", run)
         codes.append(wait(fork(save, tmp_path / "log", lambda: fail_at(len(codes)))))
-        found, ema = train.newest_checkpoint(run)
+        found, ema = durable.newest_checkpoint(run)
         steps.append(found["step"])
         assert same(found["model"], state["model"]) and same(ema, weights)
         if codes[-1] == 1:
@@ -355,7 +356,7 @@ def test_two_jobs_on_one_folder(small, tree, at4, tmp_path):
     """The second one refuses and changes nothing."""
     shutil.copytree(small / "archive", tmp_path / "archive")
     for folder, work in ((at4, training(small, at4)), (tmp_path / "archive", archiving(tree, tmp_path / "archive"))):
-        held = precompute_dino.lock(folder, "--out")
+        held = durable.lock(folder, "--out")
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         assert wait(fork(work, tmp_path / "log")) == 1
         one_error(tmp_path / "log", str(folder), "another job")

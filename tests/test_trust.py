@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
-from test_faults import LONG, load_state, make_small, pytestmark, same, training  # noqa: F401
+from test_faults import LONG, load_state, make_small, pytestmark, restore, same, training  # noqa: F401
 
 import data
 import pretrained
 import train
 from data import InputError
+from tools import durable
 from tools.formats import PREFIX
 
 
@@ -45,10 +46,10 @@ def test_another_format_version_is_refused(small, tmp_path):
     step, archive = shutil.copytree(small / "at4" / "step_0000004", tmp_path / "step_0000004"), tmp_path / "archive"
     torch.save(load_state(step) | {"format": 99}, step / "state.pt")
     shutil.copytree(small / "archive", archive)
-    text = (archive / "manifest.json").read_text().replace('"format": 1', '"format": 99')
+    text = (archive / "manifest.json").read_text().replace(f'"format": {data.ARCHIVE_FORMAT}', '"format": 99')
     (archive / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="step_0000004: checkpoint format 99, this code reads"):
-        train.newest_checkpoint(tmp_path)
+        durable.newest_checkpoint(tmp_path)
     reseal(step / "model.safetensors", lambda meta: meta | {"format": 99})
     with pytest.raises(InputError, match="model.safetensors: checkpoint format 99, this code reads"):
         pretrained.load_checkpoint(step)
@@ -63,7 +64,7 @@ def test_no_pickle_is_executed(small, tmp_path):
 
     (tmp_path / "run" / "step_0000001").mkdir(parents=True)
     state, init, ckpt, npy = (tmp_path / name for name in ("run/step_0000001/state.pt", "i.pt", "c.ckpt", "p.npy"))
-    reads = {state: lambda: train.newest_checkpoint(tmp_path / "run"), ckpt: lambda: pretrained.load_checkpoint(ckpt)}
+    reads = {state: lambda: durable.newest_checkpoint(tmp_path / "run"), ckpt: lambda: pretrained.load_checkpoint(ckpt)}
     reads |= {npy: lambda: data.read_pose(npy), init: training(small, tmp_path / "new", "--init", init)}
     reads[small] = lambda: pretrained.read_tensors(ckpt)
     for path, read in reads.items():
@@ -145,27 +146,32 @@ def mutate_json(value, rng: random.Random):
     return value
 
 
+def without(values: dict, key: str) -> dict:
+    return {name: value for name, value in values.items() if name != key}
+
+
 READERS = ["checkpoint", "metadata", "state", "shard", "manifest", "manifest's values", "npy", "png", "list", "ckpt"]
 READERS += ["old ckpt", "latest", "log"]
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkeypatch, capfd, reader):
-    """Whatever else than InputError escapes a reader fails this, and so does a checkpoint that reads otherwise."""
+    """Whatever but InputError escapes a reader fails this; so does a checkpoint or archive that reads otherwise."""
     monkeypatch.setattr(data, "SHARD_OBJECTS", 2)
     run, archive, root = tmp_path / "run", tmp_path / "archive", tmp_path / "tree"
     step = run / "step_0000010"
     shutil.copytree(small / "run", run, ignore=lambda *_: ["step_0000008"])
     shutil.copytree(small / "archive", archive)
     shutil.copytree(tree, root)
-    state, model = train.newest_checkpoint(run)[0], pretrained.load_checkpoint(step)[0]
+    state, model = durable.newest_checkpoint(run)[0], pretrained.load_checkpoint(step)[0]
     args = Namespace(**state["args"] | {"archive": str(archive)})
 
     def open_archive():
         train_set, _, prepare, frozen = train.open_data(args, torch.device("cpu"))
-        for position in range(0, 20, 4):
-            mean, *_ = prepare(train_set[list(range(position, position + 4))])
-        train.build_model(args, frozen, mean.shape[-1])
+        batches = [prepare(train_set[list(range(first, first + 4))]) for first in range(0, 20, 4)]
+        train.build_model(args, frozen, batches[0][0].shape[-1])
+        return {(i, key): value for i, (mean, logvar, rest) in enumerate(batches)
+                for key, value in ({"mean": mean, "logvar": logvar} | rest).items()}  # fmt: skip
 
     def open_list():
         for name in data.list_objects(root):
@@ -184,7 +190,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
     path, read = {
         "checkpoint": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)[0].state_dict()),
         "metadata": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)),
-        "state": (step / "state.pt", lambda: train.newest_checkpoint(run)[0]["model"]),
+        "state": (step / "state.pt", lambda: durable.newest_checkpoint(run)[0]["model"]),
         "shard": (archive / "00001.safetensors", open_archive),
         "manifest": (archive / "manifest.json", open_archive),
         "manifest's values": (archive / "manifest.json", open_archive),
@@ -194,12 +200,13 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
         "ckpt": (tmp_path / "x.ckpt", open_ckpt),
         "old ckpt": (tmp_path / "x.ckpt", open_ckpt),
         "latest": (run / "latest", lambda: pretrained.find_weights(run)),
-        "log": (run / "log.jsonl", lambda: train.trim_log(path, 10)),
+        "log": (run / "log.jsonl", lambda: durable.trim_log(path, 10)),
     }[reader]
     if "ckpt" in reader:
         foreign = {k.replace("unet.", PREFIX["unet"], 1): v for k, v in model.state_dict().items()}
         torch.save({"state_dict": foreign, "epoch": 1}, path, _use_new_zipfile_serialization=reader == "ckpt")
-    expected = {"checkpoint": model.state_dict(), "state": state["model"]}.get(reader)
+    expected = {"checkpoint": model.state_dict(), "state": state["model"]}
+    expected = (expected | dict.fromkeys(("shard", "manifest"), open_archive())).get(reader)
     rng, blob, refused = random.Random(reader), path.read_bytes(), 0
     rounds = (150 if "ckpt" in reader else 1000) if LONG else 40 if reader == "metadata" else 60
     for number in range(rounds):
@@ -207,7 +214,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
             path.write_bytes(blob)
             reseal(path, lambda meta: mutate_json(meta, rng))
         elif reader == "manifest's values":
-            path.write_text(json.dumps(mutate_json(json.loads(blob), rng)))
+            path.write_text(json.dumps(mutate_json(without(json.loads(blob), "crc32"), rng)))
         else:
             path.write_bytes(mutate(blob, rng))
         shutil.copy(path, tmp_path / "last")

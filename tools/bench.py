@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,7 +147,7 @@ def open_archive(args, size: dict, recipe: str):
                 rows["patch"] = rows["patch"].to(torch.float8_e4m3fn)
             rows |= {"alpha": torch.zeros(views, tokens).byte(), "pose": torch.eye(3, 4).repeat(views, 1, 1)}
             rows |= {"view_offset": torch.arange(33) * 12}
-            save_file({k: v for k, v in rows.items() if v.numel()}, data.shard_path(folder, 0))
+            precompute_dino.save_shard(data.shard_path(folder, 0), {k: v for k, v in rows.items() if v.numel()})
         archive = data.Archive(args.archive or folder, "train")
         archive.rows = archive.rows[:512]
         for shard in set(archive.rows[:, 0].tolist()):

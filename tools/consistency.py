@@ -24,7 +24,8 @@ import pretrained
 import sample
 from data import TAN_HALF_FOV, InputError
 from evaluate import psnr
-from precompute_dino import set_up, write_atomically
+from precompute_dino import set_up
+from tools.durable import write_atomically
 from visualize import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from data import HelpFormatter, InputError, run_script
 from model import NovelViewModel
-from precompute_dino import write_atomically
 from pretrained import AutoencoderKL, ImageEncoder, load_checkpoint
+from tools.durable import write_atomically
 from tools.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
 
 

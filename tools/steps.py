@@ -19,7 +19,8 @@ import pretrained
 import sample
 import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
-from precompute_dino import set_up, write_atomically
+from precompute_dino import set_up
+from tools.durable import write_atomically
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
 CONVERGED = 200
