@@ -76,7 +76,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
     """Raises InputError naming the first of the flags that is not above zero, or a negative --seed or --workers."""
     for flag in flags:
-        if getattr(args, flag) <= 0:
+        if not getattr(args, flag) > 0:  # NaN is not
             raise InputError(f"--{flag} {getattr(args, flag)}: must be above 0")
     for flag in ("seed", "workers"):
         if getattr(args, flag, 0) < 0:
@@ -382,7 +382,7 @@ def open_shard(path: Path):
             raise SafetensorError("its checksum does not match")
         return handle
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged shard ({error}); delete it and rerun precompute_dino.py") from None
+        raise InputError(f"{path}: unreadable shard ({error}); delete it and rerun precompute_dino.py") from None
 
 
 class Archive(torch.utils.data.Dataset):
@@ -392,10 +392,11 @@ class Archive(torch.utils.data.Dataset):
     the target's posterior moments, and the condition's latent (posterior mode, unscaled), features and camera move.
     Reads only the rows it needs, through one memory map a shard and process. fp8 patches come as they lie on disk.
     images: the tree that was archived, to give "cond" (B,3,H,W), the condition's image, in place of its features.
+    patch: whether to read patch features, where there are any.
     """
 
-    def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None):
-        self.root, self.seed, self.images, self.maps = root, seed, images, {}
+    def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True):
+        self.root, self.seed, self.images, self.patch, self.maps = root, seed, images, patch, {}
         self.manifest = read_manifest(root)
         names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
         side = self.manifest["image_size"] // codec["factor"]
@@ -419,7 +420,8 @@ class Archive(torch.utils.data.Dataset):
                     rows.append((shard, start, stop - start))
                     self.names.append(name)
         if not rows and split != "val":
-            raise InputError(f"{root}: no object of the {split} split has two archived views")
+            what = f"no object of the {split} split (val_fraction {self.manifest['val_fraction']})"
+            raise InputError(f"{root}: {what} has two archived views")
         self.rows = np.array(rows, dtype=int).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -435,7 +437,7 @@ class Archive(torch.utils.data.Dataset):
                 tensors = {key: handle.get_tensor(key) for key in self.shapes}
                 self.maps[shard] = size, tensors | {"crc32": tensors["crc32"].numpy()}  # whose elements come cheaper
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: damaged shard ({error})") from None
+            raise InputError(f"{path}: unreadable shard ({error})") from None
         opened_size, tensors = self.maps[shard]
         if size != opened_size:  # to read a memory map beyond its file's end would kill the process
             raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
@@ -480,7 +482,7 @@ class Archive(torch.utils.data.Dataset):
         batch["pose"] = relative_pose(gather("pose", 1), gather("pose", 2))
         if self.images:
             batch["cond"] = torch.stack([self.image(index, cond) for index, cond, _ in draws])
-        elif "patch" in self.shapes:
+        elif self.patch and "patch" in self.shapes:
             batch["patch"] = gather("patch", 1)
         return batch
 

@@ -17,7 +17,6 @@ each row); view_offset (objects+1,) int64. A shard appears whole or not at all; 
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 from datetime import timedelta
@@ -50,6 +49,8 @@ def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.devic
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name}: not a device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: cpu or cuda")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -74,7 +75,7 @@ def autocast(device: torch.device, precision: str):
 def encode(image: Tensor, encoder, codec) -> dict[str, Tensor]:
     """What is archived of each image (B,3,H,W) in [-1,1]: latent_mean, latent_logvar, cls and, with layers, patch.
 
-    Training with the encoders in the loop and sampling call it too: archive and online features are the same.
+    Sampling calls it too: archived features and a photo's are the same.
     """
     mean, logvar = codec.encode(image)
     cls, patch = encoder(image)
@@ -114,16 +115,16 @@ def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[st
 
 
 class Views(torch.utils.data.Dataset):
-    """Decodes batches of views, in workers. Index with (shard, [(object, image path, pose path), ...]).
+    """Decodes batches of views, in workers. Index with (shard, its views, [(object, image path, pose path), ...]).
 
-    Returns {"shard", "object" (V,), "image" (V,3,H,W), "alpha" (V,H,W), "pose" (V,3,4), "bad": messages}.
+    Returns {"shard", "views", "object" (V,), "image" (V,3,H,W), "alpha" (V,H,W), "pose" (V,3,4), "bad": messages}.
     """
 
     def __init__(self, size: int, skip_bad: bool):
         self.size, self.skip_bad = size, skip_bad
 
-    def __getitem__(self, batch: tuple[int, list]) -> dict:
-        shard, views = batch
+    def __getitem__(self, batch: tuple[int, int, list]) -> dict:
+        shard, count, views = batch
         rows, bad = [], []
         for index, image_path, pose_path in views:
             try:
@@ -134,25 +135,41 @@ class Views(torch.utils.data.Dataset):
                     raise
                 bad.append(str(error))
         columns = [torch.stack(column) for column in zip(*rows, strict=True)] or [torch.empty(0)] * 4
-        return dict(zip(("object", "image", "alpha", "pose"), columns, strict=True)) | {"shard": shard, "bad": bad}
+        rows = dict(zip(("object", "image", "alpha", "pose"), columns, strict=True))
+        return rows | {"shard": shard, "views": count, "bad": bad}
 
 
-def load_views(members: dict[int, list[str]], args) -> torch.utils.data.DataLoader:
-    """Batches of the views of each shard's objects (shard -> names), in order, none across shards."""
+def find_views(name: str, args, bad: list[str]) -> list[tuple[Path, Path]]:
+    """(image, pose) of an object's views. Where there is none: InputError, or with --skip_bad its message in `bad`."""
+    try:
+        if views := data.list_views(args.data, name):
+            return views
+        raise InputError(f"{Path(args.data) / name}: no view has both an image and a pose")
+    except InputError as error:
+        if not args.skip_bad:
+            raise
+        bad.append(str(error))
+        return []
+
+
+def load_views(members: dict[int, list[str]], args, bad: list[str]):
+    """Yields batches of the views of each shard's objects (shard -> names), in order, none across shards.
+
+    What --skip_bad passes over is named in `bad`.
+    """
 
     def batches():  # runs in this process as workers ask for more: no list of all views is ever made
         for shard, names in members.items():
-            views = []
-            for index, name in enumerate(names):
-                found = data.list_views(args.data, name)
-                if not found and not args.skip_bad:
-                    raise InputError(f"{Path(args.data) / name}: no view has both an image and a pose")
-                views += [(index, image, pose) for image, pose in found]
+            views = [(index, *view) for index, name in enumerate(names) for view in find_views(name, args, bad)]
             for first in range(0, len(views), args.batch_size):
-                yield shard, views[first : first + args.batch_size]
+                yield shard, len(views), views[first : first + args.batch_size]
 
     options = {"num_workers": args.workers, "pin_memory": torch.cuda.is_available()}
-    return torch.utils.data.DataLoader(Views(args.image_size, args.skip_bad), None, sampler=batches(), **options)
+    dataset = Views(args.image_size, args.skip_bad)
+    for batch in torch.utils.data.DataLoader(dataset, None, sampler=batches(), **options):
+        bad += batch.pop("bad")
+        if len(batch["object"]):
+            yield batch
 
 
 def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
@@ -180,8 +197,6 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
     """PCA of the patch features of foreground tokens: {"mean" (K0,), "components" (K0, K) float32}."""
     count, total, outer = 0, 0, 0
     for batch in tqdm(loader, desc="fitting the PCA", unit="batch"):
-        if not len(batch["object"]):
-            continue
         with autocast(device, args.precision):
             patch = encoder(batch["image"].to(device))[1].double()
         tokens = patch[patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5]  # of the foreground, (n, K0)
@@ -215,7 +230,7 @@ def bytes_per_view(encoder, codec, args) -> int:
 def check_space(names: list[str], todo: int, encoder, codec, args) -> float:
     """Print what the archive will take, refuse when the disk lacks it; returns the first objects' views an object."""
     sample = names[:256]
-    views = sum(len(data.list_views(args.data, name)) for name in sample) / len(sample)
+    views = sum(len(find_views(name, args, [])) for name in sample) / len(sample)
     need = todo * views * bytes_per_view(encoder, codec, args)
     free = shutil.disk_usage(args.archive).free
     print(
@@ -268,16 +283,16 @@ def open_manifest(args, encoder, codec, names: list[str]) -> None:
 def write_archive(members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar) -> list[str]:
     """Write the shards (shard -> names of its objects); returns messages of what was skipped."""
     bad: list[str] = []
-    for shard, batches in itertools.groupby(load_views(members, args), key=lambda batch: batch["shard"]):
-        rows = []
+    for shard, batches in itertools.groupby(load_views(members, args, bad), key=lambda batch: batch["shard"]):
+        tensors, n = {}, 0  # filled in place: a shard of the paper's size takes 6 GB of memory
         for batch in batches:
-            bad += batch["bad"]
-            if len(batch["object"]):
-                rows.append(encode_views(batch, encoder, codec, args, device))
+            rows = encode_views(batch, encoder, codec, args, device)
+            tensors = tensors or {k: row.new_empty(batch["views"], *row.shape[1:]) for k, row in rows.items()}
+            for key, row in rows.items():
+                tensors[key][n : n + len(row)] = row
+            n += len(batch["object"])
             bar.update(len(batch["object"]))
-        if not rows:
-            raise InputError(f"--data {args.data}: no sound view from {members[shard][0]} to {members[shard][-1]}")
-        tensors = {key: torch.cat([row[key] for row in rows]).contiguous() for key in rows[0]}  # latents come NHWC
+        tensors = {key: tensor[:n] for key, tensor in tensors.items()}
         counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
         tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
         save_shard(data.shard_path(args.archive, shard), tensors)
@@ -308,7 +323,7 @@ def main() -> None:
     group = parser.add_argument_group("system")
     group.add_argument("--batch_size", type=int, default=64, help="views a batch")
     group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="encoders' (3.4: 16-bit)")
+    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     data.require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
@@ -325,24 +340,27 @@ def main() -> None:
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"
-    if rank == 0 and not frozen_file.exists() and (args.weights == "random" or args.pca):
+    if rank == 0 and not (Path(args.archive) / "manifest.json").exists():
+        frozen_file.unlink(missing_ok=True)  # of an attempt with other flags
         encoder, codec = open_frozen(args, device)
         pca = None
         if args.pca:
+            if not 0 < args.pca <= encoder.feature_dim:
+                raise InputError(f"--pca {args.pca}: the layers have {encoder.feature_dim} channels")
             picked = np.random.default_rng(0).permutation(len(train))[: args.pca_objects]
-            pca = fit_pca(load_views({0: [train[i] for i in picked]}, args), encoder, codec, args, device)
-        tensors = pretrained.own_tensors(encoder, pca)
-        write_atomically(frozen_file, lambda path: save_file(tensors, path))
+            pca = fit_pca(load_views({0: [train[i] for i in picked]}, args, []), encoder, codec, args, device)
+        if tensors := pretrained.own_tensors(encoder, pca):
+            write_atomically(frozen_file, lambda path: save_file(tensors, path))
     if world > 1:
         dist.barrier()
     encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})
     if rank == 0:
-        open_manifest(args, encoder, codec, names)
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
+        open_manifest(args, encoder, codec, names)
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
-            batch = next((b for b in load_views({0: (train or names)[:8]}, args) if len(b["object"])), None)
-            error = storage_error(batch["image"], encoder, args, device) if batch else math.nan
-            print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
+            for batch in itertools.islice(load_views({0: (train or names)[:8]}, args, []), 1):
+                error = storage_error(batch["image"], encoder, args, device)
+                print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
     if world > 1:
         dist.barrier()
 
@@ -350,12 +368,14 @@ def main() -> None:
     with tqdm(desc=f"archiving, rank {rank}", unit="view", position=rank) as bar:
         bad = write_archive(mine, encoder, codec, args, device, bar)
     if bad:
-        print(f"skipped {len(bad)} unreadable view(s):", *bad[:20], *(["..."] if len(bad) > 20 else []), sep="\n  ")
+        print(f"skipped {len(bad)}:", *bad[:20], *(["..."] if len(bad) > 20 else []), sep="\n  ")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        size = sum(file.stat().st_size for file in Path(args.archive).glob("*.safetensors"))
+        if not (shards := list(Path(args.archive).glob("[0-9]*.safetensors"))):
+            raise InputError(f"--data {args.data}: no sound view in it")
+        size = sum(file.stat().st_size for file in shards)
         print(f"{args.archive}: {len(names)} objects, {size / 1e9:.3f} GB")
 
 

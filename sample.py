@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
@@ -229,18 +231,12 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
     """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
-    height, width = (n * scale for n in rows[0][0].shape[-2:])
-    gap, top = 4, 18
-    size = (gap + (width + gap) * len(rows[0]), top + (height + gap) * len(rows))
-    canvas = Image.new("RGB", size, (235, 235, 235))
-    draw = ImageDraw.Draw(canvas)
+    images = torch.stack([image.float().cpu() for row in rows for image in row])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    canvas = to_pil(F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84))
+    draw, width, font = ImageDraw.Draw(canvas), images.shape[3], ImageFont.load_default(11)
     for j, label in enumerate(labels):
-        draw.text((gap + j * (width + gap) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma",
-                  font=ImageFont.load_default(11))  # fmt: skip
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            picture = to_pil(image).resize((width, height), Image.NEAREST)
-            canvas.paste(picture, (gap + j * (width + gap), top + i * (height + gap)))
+        draw.text((4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font)
     return canvas
 
 

@@ -34,7 +34,7 @@ import pretrained
 import sample
 from data import InputError
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from precompute_dino import add_encoder_flags, autocast, encode, open_frozen, set_up
+from precompute_dino import add_encoder_flags, autocast, open_frozen, set_up
 from tools import durable
 
 BINS = 10  # of the loss by timestep
@@ -46,20 +46,12 @@ def parse_args() -> argparse.Namespace:
 
     flag = parser.add_argument_group("data").add_argument
     flag("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
-    flag("--online", action="store_true", help="encode --data's images as training goes: with --archive, for features "
-         "only (its latents are small)")  # fmt: skip
+    flag("--online", action="store_true", help="encode --data's images as training goes; with --archive, DINO only")
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
-    flag(
-        "--skip_bad",
-        action="store_true",
-        help="with --online, without --archive: pass over unreadable objects, and name them",
-    )
+    flag("--skip_bad", action="store_true", help="with --online alone: pass over unreadable objects, and name them")
     flag("--workers", type=int, default=4, help="processes that read data, a rank")
-    add_encoder_flags(
-        parser.add_argument_group(
-            "what is frozen (of an archive its manifest says it; --online takes the encoder from here)"
-        )
-    )
+    frozen = "what is frozen (an archive's manifest says it; --online takes the encoder from here)"
+    add_encoder_flags(parser.add_argument_group(frozen))
 
     flag = parser.add_argument_group("model (the defaults are Stable Diffusion 1.x)").add_argument
     flag("--init", help="weights to start from, a file, folder or hub name: Stable Diffusion's, Zero-1-to-3's, ours")
@@ -73,9 +65,7 @@ def parse_args() -> argparse.Namespace:
     flag("--checkpointing", action=toggle, default=False, help="recompute blocks in backward, for memory")
 
     flag = parser.add_argument_group("diffusion").add_argument
-    flag(
-        "--prediction", choices=["eps", "v"], default="eps", help="eps (eq. 2), or v (ours, for training from scratch)"
-    )
+    flag("--prediction", choices=["eps", "v"], default="eps", help="eps (eq. 2), or v (ours: to train from scratch)")
     flag("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="3.2; from scratch take uniform")
     flag("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
     flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
@@ -98,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     flag("--max_skips", type=int, default=10, help="non-finite gradients in a row that stop the run")
 
     flag = parser.add_argument_group("system").add_argument
-    flag("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="mixed precision (3.4: 16-bit)")
+    flag("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
     flag("--compile", action=toggle, default=False, help="torch.compile the UNet")
     flag("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
     flag("--device", default="auto", help="auto, cpu or cuda")
@@ -115,13 +105,19 @@ def parse_args() -> argparse.Namespace:
     flag("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
     args = parser.parse_args()
 
-    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr context_dim "
+    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr clip context_dim "
     positive += "image_size encoder_size pixels_factor"
     data.require_positive(args, *positive.split(), "max_skips", "val_pairs")
     if not (args.online or args.archive) or args.online != bool(args.data):
         raise InputError("give --archive, or --online with --data, or all three")
     if not 0 <= args.cond_dropout <= 1 / 3:
         raise InputError(f"--cond_dropout {args.cond_dropout}: between 0 and 1/3")
+    if not 0 <= args.ema <= 1:
+        raise InputError(f"--ema {args.ema}: between 0 and 1")
+    if min(args.channel_mult) < 1:
+        raise InputError(f"--channel_mult {args.channel_mult}: whole numbers above 0")
+    if not -5 * args.t_std < args.t_mean < TIMESTEPS + 5 * args.t_std:
+        raise InputError(f"--t_mean {args.t_mean}: within 5 --t_std of 0 to {TIMESTEPS}")
     return args
 
 
@@ -208,8 +204,8 @@ def open_data(args, device: torch.device):
         frozen = {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec), "image_size": args.image_size,
                   "val_fraction": args.val_fraction, "tensors": pretrained.own_tensors(encoder)}  # fmt: skip
     else:
-        train_set = data.Archive(args.archive, "train", args.seed, args.data)
-        val_set = data.Archive(args.archive, "val", 0, args.data)
+        train_set = data.Archive(args.archive, "train", args.seed, args.data, args.amalgamate)
+        val_set = data.Archive(args.archive, "val", 0, args.data, args.amalgamate)
         frozen = {key: train_set.manifest[key] for key in ("encoder", "codec", "image_size", "val_fraction")}
         if args.online:  # archived latents, features as training goes
             encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
@@ -222,17 +218,15 @@ def open_data(args, device: torch.device):
 
     def prepare(batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(target's posterior mean, its log-variance, condition), on the device."""
-        if args.online and args.archive:
+        if args.online:
             with autocast(device, args.precision):
-                batch["cls"], batch["patch"] = encoder(batch.pop("cond").to(device, non_blocking=True))
-        elif args.online:
-            with autocast(device, args.precision):
-                images = torch.cat([batch["target"], batch["cond"]]).to(device, non_blocking=True)
-                rows = encode(images, encoder, codec)
-            target, cond = ({key: value.chunk(2)[i] for key, value in rows.items()} for i in (0, 1))
-            batch = cond | {"target_mean": target["latent_mean"], "target_logvar": target["latent_logvar"],
-                            "latent": cond["latent_mean"], "pose": batch["pose"]}  # fmt: skip
-        move = {k: value.to(device, non_blocking=True).float() for k, value in batch.items() if value is not None}
+                cond = batch.pop("cond").to(device, non_blocking=True)
+                batch["cls"], batch["patch"] = encoder(cond)
+                if not args.archive:
+                    target = batch.pop("target").to(device, non_blocking=True)
+                    batch["latent"] = codec.encode(cond)[0]
+                    batch["target_mean"], batch["target_logvar"] = codec.encode(target)
+        move = {k: v.to(device, non_blocking=True).float() for k, v in batch.items() if isinstance(v, Tensor)}
         return move.pop("target_mean"), move.pop("target_logvar"), move
 
     return train_set, val_set, prepare, frozen
@@ -241,6 +235,8 @@ def open_data(args, device: torch.device):
 def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
     """The model that the flags and the frozen encoders' shapes ask for. Raises InputError naming the flag."""
     encoder, channels = frozen["encoder"], frozen["codec"]["channels"]
+    if args.amalgamate and not encoder["feature_dim"]:
+        raise InputError("--amalgamate: no patch features, --layers is or was empty; --no-amalgamate does without")
     torch.manual_seed(args.seed)
     try:
         model = NovelViewModel(
@@ -283,14 +279,12 @@ def held_out_loss(models: list[NovelViewModel], val_set, prepare, args, scale: f
             noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(device)
             t = torch.full((len(mean),), (2 * b + 1) * TIMESTEPS // (2 * BINS), device=device)
             for row, model in zip(total, models, strict=True):
-                model.eval()
                 with autocast(device, args.precision):
                     keep = 2 * [t < 0] if args.unconditional else []
                     output = model(q_sample(scale * mean, t, noise, model.alpha_bar), t, condition, *keep)
                 row[b] += diffusion_loss(output, scale * mean, noise, t, model.alpha_bar, args.prediction).sum()
     if world > 1:
         dist.all_reduce(total)
-    models[0].train()
     return total / args.val_pairs
 
 
@@ -332,6 +326,12 @@ def main() -> None:
     resumed = durable.newest_checkpoint(out)
     if args.init and not resumed:
         pretrained.load_pretrained(model, pretrained.read_weights(args.init))
+    codec = None
+    if rank == 0 and args.preview_every and len(val_set):
+        try:
+            codec = pretrained.open_codec(frozen["codec"], args.vae).to(device)
+        except InputError as error:
+            raise InputError(f"{error} (previews decode with it: give --vae, or --preview_every 0)") from None
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -343,12 +343,11 @@ def main() -> None:
     flops = flops_per_sample(model, example[2])
 
     # resume
-    codec = None  # opened for the first preview
     start, seconds = 0, 0.0
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
-    kept = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"], frozen["image_size"]]
-    facts = {"processes": world, "objects": len(train_set), "frozen": kept}
+    encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
+    facts = {"processes": world, "objects": len(train_set), "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
         state, weights = resumed
         changed = durable.match_flags(args, facts, state["args"])
@@ -356,9 +355,13 @@ def main() -> None:
             print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
         model.load_state_dict(state["model"])
         ema.load_state_dict({k: v for k, v in weights.items() if k in state["model"]})
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        now = optimizer.state_dict()["param_groups"]  # by this time's flags
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": now})
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         start, seconds = state["step"], state["seconds"]
+        if rank == 0:
+            durable.point_at(out / f"step_{start:07d}")  # lest it was stopped before
         skips += state["skips"].to(device)
         window += state["window"].to(device) if rank == 0 else 0
         del state, weights, resumed
@@ -430,11 +433,12 @@ def main() -> None:
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, args.ema))
         # ---------------------------------------------------------------------------------------------------------
         done = step + 1
-        skips = torch.stack([(skips[0] + 1) * overflow, skips[1] + overflow])
+        in_a_row = torch.where(skips[0] < args.max_skips, (skips[0] + 1) * overflow, skips[0])  # at the bound it stays
+        skips = torch.stack([in_a_row, skips[1] + overflow])
         stop = agree(bool(caught), world)
         log_due = due(done, args.log_every, args)
         val_due = due(done, args.val_every, args) and len(val_set)
-        preview_due = due(done, args.preview_every, args) and len(val_set)
+        preview_due = due(done, args.preview_every, args) and len(val_set) and not stop
         save_due = due(done, args.save_every, args) or stop
         bar.update()
         if not (log_due or val_due or preview_due or save_due):
@@ -443,14 +447,16 @@ def main() -> None:
         total = window.clone()
         if world > 1:
             dist.all_reduce(total)
+        in_a_row, skipped = skips.tolist()  # waits for the device
+        if in_a_row >= args.max_skips:
+            raise InputError(f"{out}: the gradient was not finite {in_a_row} steps in a row, by step {done}")
         if log_due:
             window.zero_()
-            sums, counts = total.view(2, BINS).tolist()  # waits for the device
+            sums, counts = total.view(2, BINS).tolist()
             seconds += time.perf_counter() - clock
             clock = time.perf_counter()
             rate = (done - mark) * global_batch / (seconds - marked)
             mark, marked = done, seconds
-            in_a_row, skipped = skips.tolist()
             record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
             loss, norm = sum(sums) / max(1, sum(counts)), None if in_a_row else float(norm)
             record |= {"loss": loss if any(counts) else None, "lr": lr, "grad_norm": norm, "skipped": skipped}
@@ -458,25 +464,24 @@ def main() -> None:
             record |= {"samples_per_second": round(rate, 1), "tflops": round(rate * flops / 1e12, 3)}
             log(record | {"peak_memory_gb": peak_memory(device)})
             bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
-            if in_a_row >= args.max_skips:
-                raise InputError(f"{out}: the gradient was not finite {in_a_row} steps in a row, up to step {done}")
             if bad:
                 bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")
         seconds += time.perf_counter() - clock  # what follows is no training time
-        if val_due:
-            with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
-                raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
-            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
-            record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
-            log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
-        if preview_due and rank == 0:
-            codec = codec or pretrained.open_codec(frozen["codec"], args.vae).to(device)
-            save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
-        if save_due and rank == 0:
-            state = {"step": done, "seconds": seconds, "skips": skips}
-            state |= {"window": total * (not log_due), "args": vars(args) | facts | {"global_batch": global_batch}}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            durable.save_checkpoint(out, state, ema, frozen, args)
+        try:
+            if val_due:
+                with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
+                    raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
+                record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
+                record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
+                log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
+            if preview_due and rank == 0:
+                save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
+        finally:  # a held-out image that can't be read takes no training with it
+            if save_due and rank == 0:
+                kept = {"args": vars(args) | facts | {"global_batch": global_batch}, "window": total * (not log_due)}
+                kept |= {"step": done, "seconds": seconds, "skips": skips, "scaler": scaler.state_dict()}
+                kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                durable.save_checkpoint(out, kept, ema, frozen, args)
         clock = time.perf_counter()
         if stop and done < args.steps:
             if rank == 0:

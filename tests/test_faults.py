@@ -311,15 +311,41 @@ def test_log_has_no_duplicate_or_missing_step(small, at4):
 def test_changed_flags_are_listed_and_some_refused(small, at4, tmp_path, capfd):
     other = tmp_path / "other"
     shutil.copytree(small / "archive", other)
-    (other / "manifest.json").write_text((other / "manifest.json").read_text().replace('"sha256": "', '"sha256": "0'))
+    text = (other / "manifest.json").read_text().replace('"sha256": "', '"sha256": "0')
+    (other / "manifest.json").write_text(text.replace('"crc32"', '"edited by hand"'))
     for flag, value, words in (("width", 64, "--width"), ("seed", 1, "--seed"),
                                ("batch_size", 3, "--batch_size 3"), ("archive", other, "another encoder")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             training(small, at4, f"--{flag}", value)()
     capfd.readouterr()
-    training(small, at4, "--lr", 2e-3, "--batch_size", 8)()
+    training(small, at4, "--weight_decay", 5, "--batch_size", 8, "--init", small)()
     printed = capfd.readouterr().out
-    assert "lr: 0.001 -> 0.002" in printed and "accumulate: 2 -> 1, which keeps the global batch of 8" in printed
+    assert "weight_decay: 0.01 -> 5" in printed and "accumulate: 2 -> 1, which keeps the global batch of 8" in printed
+    assert "not read: the checkpoint's weights go on" in printed
+    assert load_state(at4 / "step_0000010")["optimizer"]["param_groups"][0]["weight_decay"] == 5
+    norm = {
+        run: sum(w.norm() for w in load_state(run / "step_0000010")["model"].values()) for run in (at4, small / "run")
+    }
+    assert norm[at4] < 0.99 * norm[small / "run"]
+
+
+def test_resuming_mends_latest_and_takes_another_precision(small, at4):
+    (at4 / "latest").write_text("step_0000001")
+    training(small, at4, "--steps", 4)()
+    assert (at4 / "latest").read_text() == "step_0000004"
+    training(small, at4, "--precision", "fp16", "--steps", 5)()
+    training(small, at4, "--steps", 6)()
+    assert newest(at4) == 6
+
+
+def test_a_lock_clears_away_only_what_is_ours(tmp_path):
+    ours, others = [".state.pt.12.tmp", ".tmpAb12cd"], [".notes.tmp", ".tmpfile", "x.12.tmp", ".step.tmp.old"]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    (tmp_path / ".step.tmp").mkdir()
+    (tmp_path / ".thesis.1.tmp").mkdir()
+    durable.lock(tmp_path, "--out").close()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ".thesis.1.tmp", "lock"}
 
 
 # ------------------------------------------------------------------------------------------- signals and processes
@@ -500,6 +526,8 @@ def test_a_non_finite_gradient_updates_nothing_and_is_counted(small, at4):
 
 
 def test_non_finite_gradients_in_a_row_stop_the_run(small, at4):
-    poison(range(5, 10))
-    with pytest.raises(InputError, match="not finite 3 steps in a row, up to step 8"):
-        training(small, at4, "--max_skips", 3)()
+    poison(range(5, 8))
+    for every, step in ((1, 8), (9, 9)):  # at the ninth it has been finite again
+        with pytest.raises(InputError, match=f"not finite 3 steps in a row, by step {step}"):
+            training(small, at4, "--max_skips", 3, "--log_every", every, "--save_every", 9, "--val_every", 0)()
+    assert newest(at4) == 4

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,9 +405,50 @@ def test_skip_bad_counts_and_names(tree, tmp_path, capsys):
     root, named = spoil(tree, tmp_path, "truncated")
     flags = ["--data", root, *FROZEN, "--workers", 0, "--precision", "fp32", "--skip_bad"]
     call(precompute_dino, *flags, "--archive", tmp_path / "a")
-    assert "skipped 1 " in (printed := capsys.readouterr().out) and named in printed
+    assert "skipped 1:" in (printed := capsys.readouterr().out) and named in printed
     offsets = load_file(tmp_path / "a" / "00000.safetensors")["view_offset"].tolist()
     assert offsets[:4] == [0, 4, 7, 11]
+
+
+def test_skip_bad_passes_over_objects_and_whole_shards(tree, tmp_path, capsys, monkeypatch):
+    """A listed folder that is not there, one without a view, and a shard of two such objects."""
+    monkeypatch.setattr(data, "SHARD_OBJECTS", 2)
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    for name in ("00001", "00004", "00005"):
+        shutil.rmtree(root / name)
+    (root / "00004").mkdir()
+    flags = ["--data", root, *FROZEN, "--workers", 0]
+    with pytest.raises(InputError, match="00001: unreadable folder"):
+        call(precompute_dino, *flags, "--archive", tmp_path / "a")
+    call(precompute_dino, *flags, "--archive", tmp_path / "a", "--skip_bad")
+    printed = capsys.readouterr().out
+    assert "skipped 3:" in printed and "00004: no view has both" in printed
+    assert not data.shard_path(tmp_path / "a", 2).exists() and len(data.Archive(tmp_path / "a", "all")) == 9
+
+
+def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, monkeypatch):
+    """Refused for want of space, or killed before its manifest stood: then nothing of the first attempt is used."""
+    new = ["--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=10))
+    with pytest.raises(InputError, match="0.0 GB free"):
+        call(precompute_dino, *new, "--pca", 16)
+    monkeypatch.undo()
+    call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
+    assert data.read_manifest(tmp_path / "a")["encoder"]["feature_dim"] == 8
+
+
+def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tmp_path):
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    [path.write_bytes(b"") for path in (root / "00011").glob("*.png")]
+    with pytest.raises(InputError, match="00011/00.*unreadable image"):
+        call(train, "--online", "--data", root, *FROZEN, *TRAIN, "--out", tmp_path / "run", "--steps", 2,
+             "--save_every", 2, "--preview_every", 0)  # fmt: skip
+    assert (tmp_path / "run" / "step_0000002" / "state.pt").exists()
+
+
+def test_without_amalgamation_no_patch_feature_is_read(archive):
+    pairs = data.Archive(archive, "train", patch=False)
+    assert "patch" not in pairs[[0]] and "patch" in data.Archive(archive, "train")[[0]]
 
 
 def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_path):
@@ -431,6 +473,13 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
         ("train", ["--archive", tmp_path, "--out", tmp_path / "r"], "manifest.json"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--width", 64, "--batch_size", 4], "--width"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--batch_size", 5], "--batch_size 5"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--lr", "nan"], "--lr nan"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--channel_mult", 0, 1], "--channel_mult"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--t_mean", 3000, "--t_std", 100], "--t_mean 3000"),
+        ("train", ["--archive", archive, "--out", tmp_path / "r", *SMALL, "--device", "meta"], "--device meta"),
+        ("train", [*online[:-2], "--data", tree, "--layers", "--out", tmp_path / "r", *SMALL], "--no-amalgamate"),
+        ("precompute_dino", [*new, *FROZEN, "--layers", "--pca", 8], "--pca 8"),
+        ("data", ["shapes", "--out", image / "x"], "--out"),
     ]  # fmt: skip
     for name, argv, named in cases:
         done = script(name, *argv, check=False)

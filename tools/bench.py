@@ -358,11 +358,11 @@ def bench_archive(args, size: dict, device: torch.device):
         def encode(batch: dict) -> int:
             return len(precompute_dino.encode_views(batch, encoder, codec, flags, device)["object"])
 
-        fixed = next(iter(precompute_dino.load_views(members, flags)))
+        fixed = next(iter(precompute_dino.load_views(members, flags, [])))
         yield rated({"row": "encode"}, "views", *measure(lambda: encode(fixed), args.seconds, device))
         for row, consume in (("decode", lambda batch: len(batch["object"])), ("decode, encode", encode)):
             for flags.workers in args.workers:
-                batches = iter(precompute_dino.load_views(members, flags))
+                batches = iter(precompute_dino.load_views(members, flags, []))
                 n, take = flags.workers, lambda b=batches, c=consume: c(next(b))
                 done = measure(take, args.seconds, device, 2 * n + 1, n)
                 yield rated({"row": row, "workers": n}, "views", *done)

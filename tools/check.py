@@ -77,8 +77,11 @@ def check(root: Path, workers: int) -> int:
         title, more = "note" if kind in NOTES else "defect", ", ..." * (counts[kind] > 3)
         print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{more})")
     if not (root / "valid_paths.json").exists() and sound:
-        write_list(root, sound)
-        print(f"wrote valid_paths.json with {len(sound)} objects")
+        try:
+            write_list(root, sound)
+            print(f"wrote valid_paths.json with {len(sound)} objects")
+        except InputError as error:
+            print(f"note: {error}")
     return sum(count for kind, count in counts.items() if kind not in NOTES)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -75,8 +76,11 @@ def lock(folder: Path, flag: str):
             raise InputError(f"{flag} {folder}: another job is writing there") from None
         except OSError as error:
             print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
-        for stale in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):  # ours, and safetensors' own
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        for stale in folder.iterdir():  # `write_atomically`'s, safetensors' own, `save_checkpoint`'s
+            if stale.is_file() and re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", stale.name):
+                stale.unlink()
+        if (folder / ".step.tmp").exists():
+            shutil.rmtree(folder / ".step.tmp")
     except OSError as error:
         raise InputError(f"{flag} {folder}: {error.strerror}") from None
     return file
@@ -108,11 +112,16 @@ def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, a
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
-    write_atomically(out / "latest", lambda path: path.write_text(folder.name))
+    point_at(folder)
     older = [old for old in sorted(out.glob(STEP)) if old <= folder]  # newer ones are unreadable: passed over
     for old in older[: -args.keep]:
         if not (args.keep_every and int(old.name[5:]) % args.keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def point_at(folder: Path) -> None:
+    """RUN/latest names the newest checkpoint."""
+    write_atomically(folder.parent / "latest", lambda path: path.write_text(folder.name))
 
 
 def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
@@ -154,6 +163,8 @@ def match_flags(args, facts: dict, saved: dict) -> list[str]:
     changed.pop("accumulate", None)
     if args.accumulate != flag:
         changed["accumulate"] = (flag, f"{args.accumulate}, which keeps the global batch of {global_batch}")
+    if "init" in changed:
+        changed["init"] = (changed["init"][0], f"{args.init}, not read: the checkpoint's weights go on")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 

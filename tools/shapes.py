@@ -210,6 +210,10 @@ def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: st
     """Writes a data set of procedural objects."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not an empty folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device")
     work = partial(write_object, out, views, size, seed, device, orbit, max(5, len(str(objects - 1))))
