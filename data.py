@@ -74,11 +74,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
-    """Raises InputError naming the first of the flags that is not above zero, or a negative --seed or --workers."""
+    """Raises InputError naming the first of the flags that is not above zero, or a --seed, --workers, ... below it."""
     for flag in flags:
         if not getattr(args, flag) > 0:  # NaN is not
             raise InputError(f"--{flag} {getattr(args, flag)}: must be above 0")
-    for flag in ("seed", "workers"):
+    for flag in ("seed", "workers", "orbit", "save_x0"):
         if getattr(args, flag, 0) < 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must not be negative")
 
@@ -92,6 +92,8 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height <= MAX_PIXELS:
                 image.load()
+                if image.mode == "F":
+                    raise ValueError("of floats, whose range is anybody's guess")
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None

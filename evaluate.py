@@ -76,7 +76,14 @@ def fixed_pairs(root: str, val_fraction: float, split: str, protocol: str, count
     the input, all others are targets. Repeats and objects of one view are left out. Raises InputError if none stay."""
     names = data.list_objects(root)
     chosen = {*data.split_objects(names, val_fraction, split)}
-    usable = ((i, v) for i, name in enumerate(names) if name in chosen and len(v := data.list_views(root, name)) > 1)
+
+    def views_of(name: str) -> list:
+        try:
+            return data.list_views(root, name)
+        except InputError as error:  # a folder that is listed and not there
+            return print(f"left out: {error}") or []
+
+    usable = ((i, v) for i, name in enumerate(names) if name in chosen and len(v := views_of(name)) > 1)
     views = dict(itertools.islice(usable, count))  # no more folders are read than it takes
     if not views:
         raise InputError(f"{root}: no object with two views in --split {split} at --val_fraction {val_fraction}")
@@ -120,9 +127,11 @@ def sample_pairs(batch: dict, model, encoder, codec, args):
 def baselines(root: str, val_fraction: float, size: int) -> dict:
     """Rows without a model: name -> a function of the conditions (B,3,size,size) that gives views."""
     rows = {"white": torch.ones_like, "condition copied": torch.clone}
-    if data.split_objects(data.list_objects(root), val_fraction, "train"):
+    try:
         mean = load_pairs(fixed_pairs(root, val_fraction, "train", "pairs", 512), size)["target"].mean(0)
         rows["training images' mean"] = mean.expand_as
+    except InputError as error:
+        print(f"no row of the training images' mean: {error}")
     return rows
 
 
@@ -156,13 +165,16 @@ def evaluate_row(settings: dict, pairs: list[dict], predict, metrics: dict, args
 
 
 def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
-    """{id: line} of a checkpoint's rows and of the baselines' on its pairs; rank 0 draws --grid."""
+    """{id: line} of a checkpoint's rows and of the baselines' on its pairs; rank 0 writes --out and draws --grid."""
     model, encoder, codec, meta = pretrained.load_checkpoint(path, args.device, args.encoder_weights, args.vae)
     size, fraction = meta["image_size"], meta["val_fraction"] if args.val_fraction is None else args.val_fraction
-    if size < 32 and "lpips" in metrics:
-        raise InputError(f"--lpips {args.lpips}: takes 32 pixels, {path} makes {size}; --lpips none leaves it out")
+    if size < (32 if "lpips" in metrics else 11):
+        raise InputError(f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 (--lpips none leaves it out), SSIM 11")
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs)
+    files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
+    digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
+    common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}
     common |= {"lpips_net": args.lpips if "lpips" in metrics else None, "mse_range": [-1, 1], "ssim_window": 11}
     own = common | sample.sampler_flags(args) | {"seed": args.seed, "samples": args.samples, "ema": True}
@@ -176,6 +188,9 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
         lines |= evaluate_row(own | {"row": "poses shuffled"}, others, predict, metrics, args)
     for row, view in rows.items():
         lines |= evaluate_row(common | {"row": row}, pairs, lambda batch, f=view: [f(batch["cond"])], metrics, args)
+    if args.rank == 0:
+        text = "".join(json.dumps(line) + "\n" for line in (open_table(Path(args.out)) | lines).values())
+        write_atomically(Path(args.out), lambda temporary: temporary.write_text(text))
     if args.grid and args.rank == 0:
         batch = load_pairs(pairs[:: max(1, len(pairs) // 8)][:8], size)
         images = [*zip(batch["cond"], batch["target"], next(predict(batch)), strict=True)]
@@ -216,10 +231,11 @@ def main() -> None:
     group.add_argument("--out", default="eval.jsonl", help="file that gets a line a row of the table")
     group.add_argument("--grid", help="picture to write: condition, target, sample of eight pairs; of the last --ckpt")
     args = parser.parse_args()
-    data.require_positive(args, "samples", "batch_size", "steps", *(["pairs"] if args.pairs is not None else []))
+    sample.check_sampler_flags(args)
+    data.require_positive(args, "samples", *(["pairs"] if args.pairs is not None else []))
     args.device, args.rank, args.world = set_up(args)
-    out, lines = Path(args.out), {}
-    open_table(out)
+    lines: dict[str, dict] = {}
+    open_table(Path(args.out))
     box = [open_lpips(args.lpips, args.lpips_backbone) if args.rank == 0 and args.lpips != "none" else None]
     if args.world > 1:
         dist.broadcast_object_list(box)  # LPIPS is everywhere, or nowhere
@@ -227,8 +243,6 @@ def main() -> None:
     for path in args.ckpt:
         lines |= evaluate_checkpoint(path, args, metrics)
     if args.rank == 0:
-        text = "".join(json.dumps(line) + "\n" for line in (open_table(out) | lines).values())
-        write_atomically(out, lambda temporary: temporary.write_text(text))
         print(f"{'PSNR':>33} {'SSIM':>8} {'LPIPS':>8} {'MSE':>8}  pairs")
         for line in lines.values():
             scores = (line[key] for key in ("psnr", "ssim", "lpips", "mse"))

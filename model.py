@@ -13,6 +13,7 @@ Shapes: B batch, C latent channels, H W latent size, N = H W positions, T patch 
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -160,13 +161,9 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1: LDM's dropout of 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+def feed_forward(dim: int) -> nn.Module:
+    net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1: LDM's dropout of 0
+    return nn.Sequential(OrderedDict(net=net))
 
 
 class TransformerBlock(nn.Module):
@@ -175,7 +172,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
         self.attn1 = Attention(dim, num_heads)
-        self.ff = FeedForward(dim)
+        self.ff = feed_forward(dim)
         self.attn2 = Attention(dim, num_heads, context_dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         # Deviation: with one context token these get no gradient, so they are kept for checkpoints and not trained;
@@ -209,22 +206,13 @@ class SpatialTransformer(nn.Module):
         return x + h.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+def downsample(channels: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def upsample(channels: int) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class Block(nn.Sequential):
@@ -302,7 +290,7 @@ class UNet(nn.Module):
                 skip_channels.append(channels)
             if stage < len(channel_mult) - 1:
                 self.stage_entry.append(len(self.input_blocks))
-                self.input_blocks.append(Block(Downsample(channels)))
+                self.input_blocks.append(Block(downsample(channels)))
                 skip_channels.append(channels)
                 stage_channels.append(channels)
 
@@ -319,7 +307,7 @@ class UNet(nn.Module):
                 layers = block(channels + skip_channels.pop(), mult * model_channels, 2**stage)
                 channels = mult * model_channels
                 if stage and i == num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(upsample(channels))
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(

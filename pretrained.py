@@ -169,6 +169,8 @@ def codec_spec(codec: nn.Module) -> dict:
 
 def load_codec(name: str, source: str | None = None, factor: int = 4) -> nn.Module:
     """The frozen codec "sd", from anything that `read_weights` reads, or "pixels" with its factor."""
+    if name == "pixels" and source:
+        raise InputError(f"--vae {source}: --codec pixels takes no weights")
     if name == "pixels":
         return SpaceToDepth(factor)
     if name != "sd" or not source:
@@ -215,7 +217,7 @@ class ImageEncoder(nn.Module):
         try:  # on "meta" where weights follow, for initialising a ViT-L takes ten seconds
             with torch.device("cpu" if weights == "random" else "meta"):
                 vit = timm.create_model(name, **(args if self.clip else {"num_classes": 0} | args))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise InputError(f"--encoder {name}: {one_line(error)}") from None
         if not isinstance(vit, timm.models.VisionTransformer):
             raise InputError(f"--encoder {name}: a {type(vit).__name__}, not one of timm's VisionTransformers")
@@ -247,9 +249,6 @@ class ImageEncoder(nn.Module):
         for key, value in constants.items():
             self.register_buffer(key, value, persistent=False)
         self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        return super().train(False)  # frozen, whatever happens around it
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -299,12 +298,12 @@ def load_vit(vit: nn.Module, name: str, weights: str) -> None:
         repo = vit.pretrained_cfg.get("hf_hub_id") or name
         file = vit.pretrained_cfg.get("hf_hub_filename") or "model.safetensors"
         weights = from_hub(repo, [file], "it to --weights (sample.py: --encoder_weights)") / file
-    tensors = read_weights(weights, ("image_encoder",)) if Path(weights).is_dir() else read_tensors(weights)
+    tensors = read_tensors(weights) if Path(weights).is_file() else read_weights(weights, ("image_encoder",))
     tensors = {re.sub(r"^cond_stage_model\.(model\.)?", "", k): v for k, v in tensors.items()}
-    state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
     try:
+        state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
         vit.load_state_dict({k: state[k].float().contiguous() for k in vit.state_dict()}, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"--weights {weights}: no {name} in it ({one_line(error)})") from None
 
 
@@ -319,37 +318,43 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     (Zero-1-to-3). Raises InputError, before anything is changed, where shapes disagree or a tenth of the UNet is
     missing.
     """
-    own, ready, wrong, conv_in = model.unet.state_dict(), {}, [], "input_blocks.0.0.weight"
-    given = {k.removeprefix(PREFIX["unet"]): v for k, v in weights.items() if k.startswith(PREFIX["unet"])}
+    own, conv_in, prefix = model.state_dict(), "unet.input_blocks.0.0.weight", PREFIX["unet"]
+    given = {k.replace(prefix, "unet."): v for k, v in weights.items() if k.startswith((prefix, "cc_projection."))}
     if conv_in in given and 2 * given[conv_in].shape[1] == own[conv_in].shape[1]:
         given[conv_in] = torch.cat([given[conv_in], torch.zeros_like(given[conv_in])], dim=1)
         print(f"init: extended {conv_in} to {given[conv_in].shape[1]} channels: those of the condition are zero")
-    amalgamation = given.get("amalgamation.weight")  # ours; of another encoder it is left out
-    if amalgamation is not None and own.get("amalgamation.weight", amalgamation).shape != amalgamation.shape:
-        del given["amalgamation.weight"]
-    for name in own.keys() & given.keys():
-        linear = name.endswith((".proj_in.weight", ".proj_out.weight")) and given[name].ndim == 2  # LDM's: 1x1 conv
-        ready[name] = given[name][:, :, None, None] if linear else given[name]
-        if ready[name].shape != own[name].shape:
-            wrong.append(f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}")
-    missing, left = [k for k in own if k not in ready], [k for k in given if k not in own]
-    covered = sum(own[k].numel() for k in ready) / sum(v.numel() for k, v in own.items() if k != "amalgamation.weight")
+    for name, tensor in given.items():
+        if name.endswith((".proj_in.weight", ".proj_out.weight")) and tensor.ndim == 2:  # LDM's are 1x1 convolutions
+            given[name] = tensor[:, :, None, None]
+    wrong = [name for name in own.keys() & given.keys() if given[name].shape != own[name].shape]
+    for part in ("unet.amalgamation.", "cc_projection."):
+        if any(name.startswith(part) for name in wrong):
+            print(f"init: {part}* left as initialised: the checkpoint's is another encoder's")
+            wrong, given = ([k for k in wrong if not k.startswith(part)],
+                            {k: v for k, v in given.items() if not k.startswith(part)})  # fmt: skip
     if wrong:
-        raise InputError(f"--init: {len(wrong)} tensors are of other shapes: {', '.join(sorted(wrong)[:3])}")
+        shapes = [f"{k} {tuple(given[k].shape)} for {tuple(own[k].shape)}" for k in sorted(wrong)[:3]]
+        raise InputError(f"--init: {len(wrong)} tensors are of other shapes: {', '.join(shapes)}")
+    missing, left = [k for k in own if k not in given], [k for k in given if k not in own]
+    sizes = {k: v.numel() for k, v in own.items() if k.startswith("unet.") and "amalgamation" not in k}
+    covered = sum(size for k, size in sizes.items() if k in given) / sum(sizes.values())
     if covered < 0.9:
         raise InputError(f"--init: holds {covered:.0%} of the UNet, no {', '.join(missing[:3])}; is it SD 1.x?")
-    for name, tensor in ready.items():
-        own[name].copy_(tensor)
-    print(f"init: loaded {len(ready)} tensors, {covered:.1%} of the UNet's parameters")
+    for name in own.keys() & given.keys():
+        own[name].copy_(given[name])
+    print(f"init: loaded {len(given) - len(left)} tensors, {covered:.1%} of the UNet's parameters")
     for what, names in (("missing, left as initialised", missing), ("left over, unused", left)):
         if names:
             print(f"init: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-    given = {k: weights.get(f"cc_projection.{k}", torch.empty(0)) for k in ("weight", "bias")}
-    fits = all(given[k].shape == v.shape for k, v in model.cc_projection.named_parameters())
-    if fits:
-        model.cc_projection.load_state_dict(given)
-    shape = tuple(given["weight"].shape) if len(given["weight"]) else "missing"
-    print(f"init: cc_projection {'loaded' if fits else f'left as initialised, the checkpoint has it {shape}'}")
+
+
+def check_init(model: NovelViewModel, source: str) -> None:
+    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show."""
+    file = find_weights(source) if Path(source).exists() else Path(source)
+    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
+    for key in ("prediction", "num_heads") if meta else ():
+        if meta["model"].get(key) != model.args[key]:
+            raise InputError(f"--init {source}: its {key} is {meta['model'].get(key)}, here it is {model.args[key]}")
 
 
 # ------------------------------------------------------------------------------------------------ our own checkpoints
@@ -373,11 +378,8 @@ def checksum(meta: dict, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256((json.dumps(meta) + tensor_hash(tensors)).encode()).hexdigest()
 
 
-def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
-    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
-
-    Raises InputError where it is damaged, or its parts don't fit together.
-    """
+def read_meta(path: Path) -> dict | None:
+    """The metadata that `save_model` wrote, checked; None where the file is another program's. Raises InputError."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("efficient_3dim")
@@ -389,7 +391,19 @@ def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | N
     if not isinstance(meta, dict) or meta.get("format") != CHECKPOINT_FORMAT:
         form = meta.get("format") if isinstance(meta, dict) else "unknown"
         raise InputError(f"{path}: checkpoint format {form}, this code reads {CHECKPOINT_FORMAT}")
+    if not isinstance(meta.get("model"), dict):
+        raise InputError(f"{path}: malformed metadata, model")
     check_specs(path, meta)
+    return meta
+
+
+def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
+    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
+
+    Raises InputError where it is damaged, or its parts don't fit together.
+    """
+    if (meta := read_meta(path)) is None:
+        return None
     tensors = read_tensors(path)
     digest = checksum({key: value for key, value in meta.items() if key != "sha256"}, tensors)
     if meta.get("sha256", digest) != digest:
@@ -433,17 +447,23 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
     """The encoder of a spec, from --encoder_weights, from `own_tensors`, or from where it came. Raises InputError."""
     saved, pca = split_own(tensors or {})
     weights = source or saved or spec["weights"]
-    encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
+    try:
+        encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
+    except InputError as error:
+        raise InputError(f"{error}; give the encoder's weights by --encoder_weights") from None
     if encoder.spec() | {"weights": spec["weights"]} != {"pca": None} | spec:
         what = f"{source or spec['weights']}: not the {spec['name']}"
         raise InputError(f"--encoder_weights {what} that the model was trained with")
     return encoder
 
 
-def open_codec(spec: dict, source: str | None = None) -> nn.Module:
-    """The codec of a spec, from --vae or from where it came. Raises InputError."""
+def open_codec(spec: dict, source: str | None = None, hint: str = "") -> nn.Module:
+    """The codec of a spec, from --vae or from where it came. Raises InputError, with the hint."""
     source = source or spec.get("source")
-    codec = load_codec(spec["name"], source, spec["factor"])
+    try:
+        codec = load_codec(spec["name"], source, spec["factor"])
+    except InputError as error:
+        raise InputError(f"{error}; give the VAE by --vae{hint}") from None
     if codec_spec(codec) | {"source": None} != spec | {"source": None}:
         raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec
@@ -462,9 +482,9 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         try:
             named = {k.replace(PREFIX["unet"], "unet."): v for k, v in weights.items()}
             model = build(infer_args(weights), named)
-        except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # whatever its shapes do to infer_args
             raise InputError(f"--ckpt {path}: neither ours nor zero123's ({one_line(error)})") from None
         load_pretrained(model, weights)
         encoder = ImageEncoder(CLIP, encoder_weights or str(path), layers=())

@@ -17,10 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
@@ -29,6 +26,7 @@ from data import InputError
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from precompute_dino import autocast, encode, set_up
 from tools.durable import write_atomically
+from tools.pictures import labelled_grid, load_photo, save_picture, to_pil
 
 # ------------------------------------------------------------------------------------------------------------- DDIM
 
@@ -156,100 +154,19 @@ def camera_moves(azimuth: list[float], elevation: list[float], distance: list[fl
 
     Raises InputError when the lists' lengths disagree.
     """
-    n = max(len(azimuth), len(elevation), len(distance))
-    moves = []
-    for flag, values in (("azimuth", azimuth), ("elevation", elevation), ("distance", distance)):
-        if len(values) not in (1, n):
-            raise InputError(f"--{flag}: {len(values)} values where another flag has {n}; give 1 or {n}")
-        moves.append(values * n if len(values) == 1 else values)
-    rows = [[-math.radians(e), math.sin(math.radians(a)), math.cos(math.radians(a)), d]
-            for a, e, d in zip(*moves, strict=True)]  # fmt: skip
-    return torch.tensor(rows)
+    given = {"azimuth": azimuth, "elevation": elevation, "distance": distance}
+    n = max(map(len, given.values()))
+    for flag, values in given.items():
+        if len(values) not in (1, n) or not np.isfinite(values).all():
+            raise InputError(f"--{flag}: finite numbers, 1 or, as another flag has them, {n}")
+    a, e, d = np.broadcast_arrays(np.radians(azimuth), np.radians(elevation), distance)
+    return torch.tensor(np.stack([-e, np.sin(a), np.cos(a), d], axis=1), dtype=torch.float32)
 
 
 def move_between(a: Tensor, b: Tensor) -> Tensor:
     """The camera move (N,4) from the view at move a (4,) to those at b (N,4), all relative to the same input view."""
     sin, cos = b[:, 1] * a[2] - b[:, 2] * a[1], b[:, 2] * a[2] + b[:, 1] * a[1]
     return torch.stack([b[:, 0] - a[0], sin, cos, b[:, 3] - a[3]], dim=1)
-
-
-def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
-    """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
-
-    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image. The
-    object is where alpha says or, without alpha, what differs from a plain background or what rembg (an optional
-    package) cuts out of another. Without crop the whole image is set on a white square. Raises InputError where no
-    object can be told from the background.
-    """
-    photo = data.open_image(path)
-    rgb, alpha = data.composite(photo)
-    if not crop:
-        return fit(rgb, 0, size)
-    if alpha.min() == 1:
-        border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-        background = np.median(border, axis=0)
-        if np.abs(border - background).max(axis=1).mean() <= 0.05:
-            alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
-            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
-        else:
-            rgb, alpha = data.composite(remove_background(photo, path))
-    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        raise InputError(f"{path}: holds no object: it is all background")
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return fit(rgb[box], round(size * 28 / 256), size)
-
-
-def remove_background(photo: Image.Image, path: Path) -> Image.Image:
-    """The photo with its object cut out (RGBA), by rembg's default network, which it downloads when first used."""
-    try:
-        import rembg  # optional: pip install "rembg[cpu]"
-    except ImportError:
-        why = "no alpha and no plain background, and no rembg to remove it"
-        raise InputError(f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop') from None
-    try:
-        return rembg.remove(photo.convert("RGB"))
-    except Exception as error:  # its network's download fails in many ways
-        raise InputError(f"{path}: rembg could not remove the background ({' '.join(str(error).split())})") from None
-
-
-def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
-    """rgb (H,W,3) in [0,1] -> (3,size,size) in [-1,1]: resized to leave the margin in pixels, centred on white."""
-    inner = size - 2 * margin
-    height, width = (max(1, round(n * inner / max(rgb.shape[:2]))) for n in rgb.shape[:2])
-    canvas = torch.ones(3, size, size)
-    top, left = (size - height) // 2, (size - width) // 2
-    canvas[:, top : top + height, left : left + width] = data.resize(rgb, height, width) * 2 - 1
-    return canvas
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3,H,W) in [-1,1] -> an RGB picture."""
-    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
-    """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
-    images = torch.stack([image.float().cpu() for row in rows for image in row])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = to_pil(F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84))
-    draw, width, font = ImageDraw.Draw(canvas), images.shape[3], ImageFont.load_default(11)
-    for j, label in enumerate(labels):
-        draw.text((4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font)
-    return canvas
-
-
-def save_picture(path: Path, picture: Image.Image, **options) -> None:
-    """In the format of the path's suffix, or PNG. Raises InputError naming the path when it can't be written."""
-    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
-    write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
-
-
-def save_gif(path: Path, images: Tensor, seconds: float = 0.15) -> None:
-    """An endless animation of images (N,3,H,W) in [-1,1]."""
-    frames = [to_pil(image) for image in images]
-    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0)
 
 
 def add_sampler_flags(group) -> None:
@@ -259,6 +176,13 @@ def add_sampler_flags(group) -> None:
     group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
     group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def check_sampler_flags(args: argparse.Namespace) -> None:
+    """Raises InputError naming the flag."""
+    data.require_positive(args, "batch_size", "steps")
+    if not (0 <= args.eta <= 1 and math.isfinite(args.scale)):
+        raise InputError(f"--eta {args.eta} --scale {args.scale}: eta is 0 to 1, scale a number")
 
 
 def sampler_flags(args: argparse.Namespace) -> dict:
@@ -297,10 +221,7 @@ def main() -> None:
     group.add_argument("--out", default="out/samples", help="folder to write")
     group.add_argument("--save_x0", type=int, default=0, metavar="N", help="predicted x0 to save (figure 1), in x0.npz")
     args = parser.parse_args()
-    data.require_positive(args, "batch_size", "steps")
-    if args.save_x0 < 0:
-        raise InputError(f"--save_x0 {args.save_x0}: must not be negative")
-
+    check_sampler_flags(args)
     if args.orbit:
         args.azimuth = [360 * i / args.orbit for i in range(args.orbit)]
     poses = camera_moves(args.azimuth, args.elevation, args.distance)
@@ -308,12 +229,12 @@ def main() -> None:
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
 
+    images = [load_photo(path, meta["image_size"], args.crop) for path in paths]
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))
     with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
-        for path in paths:
+        for path, image in zip(paths, images, strict=True):
             bar.set_description(path.name)
             folder, trajectory = Path(args.out) / path.stem, []
-            image = load_photo(path, meta["image_size"], args.crop)
 
             def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
                 bar.update()
@@ -330,10 +251,11 @@ def list_photos(path: str) -> list[Path]:
     source = Path(path)
     if not source.exists():
         raise InputError(f"--image {path}: no such file or folder")
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-    photos = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
+    photos = [source]
+    if source.is_dir():
+        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in data.IMAGE_EXTENSIONS and p.is_file())
     if not photos:
-        raise InputError(f"--image {path}: no {', '.join(suffixes)} in it")
+        raise InputError(f"--image {path}: no {', '.join(data.IMAGE_EXTENSIONS)} in it")
     if len({photo.stem for photo in photos}) < len(photos):
         raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
     return photos
@@ -373,13 +295,16 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
     """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
+    for old in (*folder.glob("[0-9]*.png"), folder / "orbit.gif", folder / "x0.npz"):
+        old.unlink(missing_ok=True)  # an earlier run's, of which there may be more
     save_picture(folder / "input.png", to_pil(image))
     for i, view in enumerate(views):
         save_picture(folder / f"{i:03d}.png", to_pil(view))
     labels = [f"{a:.0f}" for a in (args.azimuth if len(args.azimuth) == len(views) else range(len(views)))]
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
     if len(views) > 1:
-        save_gif(folder / "orbit.gif", views)
+        first, *rest = (to_pil(view) for view in views)
+        save_picture(folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0)
     if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,), noisiest first
         t = [ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)]
         steps = [torch.cat(trajectory[i :: len(t)]) for i in range(len(t))]  # they came batch by batch

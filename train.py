@@ -325,13 +325,11 @@ def main() -> None:
     model = build_model(args, frozen, latent_shape[-1])
     resumed = durable.newest_checkpoint(out)
     if args.init and not resumed:
-        pretrained.load_pretrained(model, pretrained.read_weights(args.init))
+        pretrained.check_init(model, args.init)
+        pretrained.load_pretrained(model, pretrained.read_weights(args.init, ("unet", "cc_projection")))
     codec = None
     if rank == 0 and args.preview_every and len(val_set):
-        try:
-            codec = pretrained.open_codec(frozen["codec"], args.vae).to(device)
-        except InputError as error:
-            raise InputError(f"{error} (previews decode with it: give --vae, or --preview_every 0)") from None
+        codec = pretrained.open_codec(frozen["codec"], args.vae, " (or --preview_every 0)").to(device)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]

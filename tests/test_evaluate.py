@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import lpips
 import numpy as np
@@ -244,3 +245,22 @@ def test_seed_eta_scale_and_steps_change_the_samples(run, tree, tmp_path):
 def test_bad_flags_are_named(run, tree, tmp_path, changes, named):
     with pytest.raises(InputError, match=named):
         call(evaluate, "--ckpt", run, "--data", tree, *FLAGS, "--out", tmp_path / "e", *changes)
+
+
+def test_what_is_rendered_anew_is_scored_anew(run, tree, tmp_path):
+    """And a missing checkpoint takes no scores with it, nor do training objects that give no mean."""
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    shutil.rmtree(root / "00000")
+    for name in [f"{i:05d}" for i in range(1, 9)]:
+        [path.unlink() for path in (root / name).glob("00[123].png")]
+    command = ["--ckpt", run, "--data", root, *FLAGS, "--out", tmp_path / "e"]
+    with pytest.raises(InputError, match="missing"):
+        call(evaluate, *command, "--ckpt", run, tmp_path / "missing")
+    first = {line["row"]: line["psnr"] for line in map(json.loads, (tmp_path / "e").read_text().splitlines())}
+    assert "samples" in first and "training images' mean" not in first
+    for path in (root / "00010").glob("*.png"):
+        shutil.copy(tree / "00001" / path.name, path)
+    call(evaluate, *command)
+    lines = [json.loads(line) for line in (tmp_path / "e").read_text().splitlines()]
+    scores = {line["row"]: {other["psnr"] for other in lines if other["row"] == line["row"]} for line in lines}
+    assert all(len(values) == 2 for values in scores.values()), scores

@@ -325,8 +325,28 @@ def test_sample_script(run, tree, tmp_path):
         Image.open(folders[0] / name).verify()
     call(sample, *flags, "--image", tree / "00011", "--azimuth", 10, 20, "--elevation", 5, "--out", tmp_path / "c")
     assert len(list((tmp_path / "c").glob("*/001.png"))) == 4
-    call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "d")
-    assert np.abs(np.asarray(Image.open(tmp_path / "d" / "000" / "000.png"), float) - views[0][0]).max() > 0
+    call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "a")
+    assert np.abs(np.asarray(Image.open(folders[0] / "000.png"), float) - views[0][0]).max() > 0
+    assert {path.name for path in folders[0].iterdir()} == {"000.png", "input.png", "grid.png"}  # nothing of before
+
+
+def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_path):
+    shutil.copy(tree / "00011" / "000.png", tmp_path)
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").mkdir()
+    with pytest.raises(InputError, match="b.png: unreadable image"):
+        call(sample, "--ckpt", run, "--device", "cpu", "--image", tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    Image.new("F", (8, 8)).save(tmp_path / "b.tiff")
+    with pytest.raises(InputError, match="b.tiff: unreadable image .of floats"):
+        sample.load_photo(tmp_path / "b.tiff", 32)
+
+
+@pytest.mark.parametrize("flag, value", [("azimuth", "inf"), ("distance", "nan"), ("eta", 2), ("scale", "nan"),
+                                         ("orbit", -3), ("steps", 0), ("save_x0", -1), ("seed", -1)])  # fmt: skip
+def test_flags_of_sampling_are_checked(run, tree, tmp_path, flag, value):
+    with pytest.raises(InputError, match=f"--{flag}"):
+        call(sample, "--ckpt", run, "--image", tree / "00011" / "000.png", f"--{flag}", value, "--out", tmp_path / "x")
 
 
 def test_photos_are_framed_as_zero123_frames_them(tmp_path):

@@ -6,6 +6,7 @@ FULL_SIZE=1 adds Stable Diffusion 1.x's full shape (minutes, 16 GB).
 import copy
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -282,7 +283,7 @@ def test_random_encoder_warns_and_can_be_saved_whole(capsys):
     image = torch.rand(1, 3, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(encoder(image), again(image), strict=True))
     assert encoder.spec()["sha256"] == again.spec()["sha256"]
-    assert not encoder.train().training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -387,13 +388,67 @@ def test_init_extends_conv_in_prefers_ema_and_reports(tmp_path, capsys):
     for name in ("cc_projection.weight", "unet.amalgamation.weight"):
         assert torch.equal(model.state_dict()[name], before[name])
     out = capsys.readouterr().out
-    assert all(
-        w in out for w in ("EMA", "extended input_blocks.0.0.weight", "amalgamation.weight", "cc_projection left")
-    )
+    words = ("EMA", "extended unet.input_blocks.0.0.weight", "3 tensors missing, left as initialised", "100.0% of")
+    assert all(word in out for word in (*words, "amalgamation.weight", "cc_projection.weight", "cc_projection.bias"))
     pretrained.load_pretrained(model, pretrained.read_weights(tmp_path / "a.safetensors"))  # its EMA is not complete
     out = capsys.readouterr().out
-    assert "EMA" not in out and "left over, unused: strange" in out
+    assert "EMA" not in out and "left over, unused: unet.strange" in out
     assert torch.equal(model.unet.out[0].weight, tensors["model.diffusion_model.out.0.weight"])
+
+
+def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
+    """Of another encoder amalgamation and cc_projection stay as initialised; what shapes don't show is refused."""
+    meta, _, theirs = pretrained.read_model(pretrained.find_weights(run))
+    weights = pretrained.read_weights(run)
+    args = theirs.args | {"cls_dim": 12, "feature_dim": 8}
+    ours = NovelViewModel(**args)
+    before = copy.deepcopy(ours.state_dict())
+    pretrained.load_pretrained(ours, weights)
+    out = capsys.readouterr().out
+    assert "unet.amalgamation.* left as" in out and "cc_projection.* left as" in out and "100.0% of" in out
+    for name, value in ours.state_dict().items():
+        other = "amalgamation" in name or "cc_projection" in name
+        assert torch.equal(value, before[name] if other else theirs.state_dict()[name]), name
+    pretrained.check_init(ours, run)
+    for key, value in (("prediction", "eps"), ("num_heads", 8)):
+        with pytest.raises(InputError, match=f"--init .*its {key} is"):
+            pretrained.check_init(NovelViewModel(**(args | {key: value})), str(run))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch, suffix):
+    """Only the parts that are wanted, as safetensors where there are any; a VAE may have a repository of its own."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    parts = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "image_encoder/model"}
+    there = {"sd/x": parts, "vae/x": {"diffusion_pytorch_model"}}
+    asked = []
+
+    def snapshot(repo, allow_patterns, local_files_only):
+        files = list(filter_repo_objects([f"{f}.{suffix}" for f in there[repo]], allow_patterns=allow_patterns))
+        for file in files:
+            path = tmp_path / repo / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {"visual_projection.weight" if "image" in file else "encoder.conv_in.weight": torch.zeros(1)}
+            tensors = {"time_embed.0.weight": torch.zeros(1)} if "unet" in file else tensors
+            save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+        asked.append(sorted(file.split("/")[0].split(".")[0] for file in files))
+        (tmp_path / repo).mkdir(parents=True, exist_ok=True)
+        return tmp_path / repo
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: exec("raise OSError"))
+    for repo, wanted, found in (
+        ("sd/x", ("unet", "cc_projection"), ["unet"]),
+        ("sd/x", ("vae",), ["vae"]),
+        ("sd/x", ("image_encoder",), ["image_encoder"]),
+        ("vae/x", ("vae",), ["diffusion_pytorch_model"]),
+    ):
+        shutil.rmtree(tmp_path / repo, ignore_errors=True)
+        assert len(pretrained.read_weights(repo, wanted)) == 1 and asked[-1] == found
+        assert len(asked) == (1 if suffix == "safetensors" else 2)
+        asked.clear()
 
 
 def test_init_refuses_an_uncovered_unet_and_changes_nothing():

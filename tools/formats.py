@@ -241,8 +241,12 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     if (path / "latest").is_file():  # a run of ours
         path = find_weights(path)
     if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        stems = [f"{part}/diffusion_pytorch_model" for part in parts] + ["image_encoder/*model"]
-        path = from_hub(str(source), [f"{s}.{x}" for s in stems for x in ("safetensors", "bin")], "its path")
+        stems = [f"{part}/{'*' if part == 'image_encoder' else 'diffusion_pytorch_'}model" for part in parts]
+        stems += ["diffusion_pytorch_model"] * ("vae" in parts)  # a repository of a VAE alone
+        for suffix in ("safetensors", "bin"):
+            path = from_hub(str(source), [f"{stem}.{suffix}" for stem in stems], "its path")
+            if any(path.rglob(f"*.{suffix}")):
+                break
     tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
     for folder in ("", *parts) if path.is_dir() else ():
         files = [*(path / folder).glob("*.safetensors")] or [*(path / folder).glob("*.bin")]

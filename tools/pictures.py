@@ -1,0 +1,88 @@
+"""Photos in, pictures out: what sample.py and the others read and draw. Nothing here is the method."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+import data
+from data import InputError
+from tools.durable import write_atomically
+
+
+def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
+    """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
+
+    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image. The
+    object is where alpha says or, without alpha, what differs from a plain background or what rembg (an optional
+    package) cuts out of another. Without crop the whole image is set on a white square. Raises InputError where no
+    object can be told from the background.
+    """
+    photo = data.open_image(path)
+    photo.thumbnail((2048, 2048))  # a telephone's would take gigabytes
+    rgb, alpha = data.composite(photo)
+    if not crop:
+        return fit(rgb, 0, size)
+    if alpha.min() == 1:
+        border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+        background = np.median(border, axis=0)
+        if np.abs(border - background).max(axis=1).mean() <= 0.05:
+            alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
+            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
+        else:
+            rgb, alpha = data.composite(remove_background(photo, path))
+    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        raise InputError(f"{path}: holds no object: it is all background")
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return fit(rgb[box], round(size * 28 / 256), size)
+
+
+def remove_background(photo: Image.Image, path: Path) -> Image.Image:
+    """The photo with its object cut out (RGBA), by rembg's default network, which it downloads when first used."""
+    try:
+        import rembg  # optional: pip install "rembg[cpu]"
+
+        return rembg.remove(photo.convert("RGB"))
+    except ImportError:
+        why = "no alpha and no plain background, and no rembg to remove it"
+        raise InputError(f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop') from None
+    except Exception as error:  # its network's download fails in many ways
+        raise InputError(f"{path}: rembg could not remove the background ({' '.join(str(error).split())})") from None
+
+
+def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
+    """rgb (H,W,3) in [0,1] -> (3,size,size) in [-1,1]: resized to leave the margin in pixels, centred on white."""
+    inner = size - 2 * margin
+    height, width = (max(1, round(n * inner / max(rgb.shape[:2]))) for n in rgb.shape[:2])
+    canvas = torch.ones(3, size, size)
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas[:, top : top + height, left : left + width] = data.resize(rgb, height, width) * 2 - 1
+    return canvas
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3,H,W) in [-1,1] -> an RGB picture."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
+    """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
+    images = torch.stack([image.float().cpu() for row in rows for image in row])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    canvas = to_pil(F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84))
+    draw, width, font = ImageDraw.Draw(canvas), images.shape[3], ImageFont.load_default(11)
+    for j, label in enumerate(labels):
+        draw.text((4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font)
+    return canvas
+
+
+def save_picture(path: Path, picture: Image.Image, **options) -> None:
+    """In the format of the path's suffix, or PNG. Raises InputError naming the path when it can't be written."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
