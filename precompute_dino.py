@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -246,56 +247,43 @@ FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor
 FLAGS += ("patch_dtype", "pca", "precision")
 
 
-def check_flags(args, names: list[str]) -> None:
-    """Hold flags and objects against those of an archive begun before. Raises InputError naming the flag."""
+def check_manifest(args, manifest: dict) -> bool:
+    """Whether the archive was begun before. Raises InputError naming the flag by which it differs from `manifest`."""
     path = Path(args.archive) / "manifest.json"
     if not path.exists():
-        return
+        return False
     there = data.read_manifest(args.archive)
-    for flag in FLAGS:
-        if there.get("flags", {}).get(flag) != vars(args)[flag]:
-            raise InputError(f"--{flag} {vars(args)[flag]}: {path} says {there.get('flags', {}).get(flag)}")
-    if there["objects"] != names:
+    for flag, value in manifest["flags"].items():
+        if there.get("flags", {}).get(flag) != value:
+            raise InputError(f"--{flag} {value}: {path} says {there.get('flags', {}).get(flag)}")
+    if there["objects"] != manifest["objects"]:
         raise InputError(f"--data {args.data}: its objects are not the {len(there['objects'])} that {path} lists")
-
-
-def open_manifest(args, encoder, codec, names: list[str]) -> None:
-    """Write the manifest, or check that the one that is there was written with the same weights."""
-    manifest = {
-        "format": data.ARCHIVE_FORMAT,
-        "flags": {flag: vars(args)[flag] for flag in FLAGS},
-        "image_size": args.image_size,
-        "val_fraction": args.val_fraction,
-        "encoder": encoder.spec(),
-        "codec": pretrained.codec_spec(codec),
-        "objects": names,
-    }
-    path = Path(args.archive) / "manifest.json"
-    if not path.exists():
-        text = json.dumps(manifest | {"crc32": data.json_checksum(manifest)}, indent=1)
-        return write_atomically(path, lambda temporary: temporary.write_text(text))
-    there = data.read_manifest(args.archive)
     for key, flag in (("encoder", "--weights"), ("codec", "--vae")):
-        if there[key]["sha256"] != manifest[key]["sha256"]:
+        if key in manifest and there[key]["sha256"] != manifest[key]["sha256"]:
             raise InputError(f"{flag}: not the weights that {path} was written with (sha256 differs)")
+    return True
 
 
 def write_archive(members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar) -> list[str]:
     """Write the shards (shard -> names of its objects); returns messages of what was skipped."""
-    bad: list[str] = []
-    for shard, batches in itertools.groupby(load_views(members, args, bad), key=lambda batch: batch["shard"]):
-        tensors, n = {}, 0  # filled in place: a shard of the paper's size takes 6 GB of memory
-        for batch in batches:
-            rows = encode_views(batch, encoder, codec, args, device)
-            tensors = tensors or {k: row.new_empty(batch["views"], *row.shape[1:]) for k, row in rows.items()}
-            for key, row in rows.items():
-                tensors[key][n : n + len(row)] = row
-            n += len(batch["object"])
-            bar.update(len(batch["object"]))
-        tensors = {key: tensor[:n] for key, tensor in tensors.items()}
-        counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
-        tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
-        save_shard(data.shard_path(args.archive, shard), tensors)
+    bad, written = [], Future()
+    written.set_result(None)
+    with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
+        for shard, batches in itertools.groupby(load_views(members, args, bad), key=lambda batch: batch["shard"]):
+            tensors, n = {}, 0  # filled in place: a shard of the paper's size takes 6 GB of memory
+            for batch in batches:
+                rows = encode_views(batch, encoder, codec, args, device)
+                tensors = tensors or {k: row.new_empty(batch["views"], *row.shape[1:]) for k, row in rows.items()}
+                for key, row in rows.items():
+                    tensors[key][n : n + len(row)] = row
+                n += len(batch["object"])
+                bar.update(len(batch["object"]))
+            tensors = {key: tensor[:n] for key, tensor in tensors.items()}
+            counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
+            tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
+            written.result()
+            written = writer.submit(save_shard, data.shard_path(args.archive, shard), tensors)
+        written.result()
     return bad
 
 
@@ -332,7 +320,9 @@ def main() -> None:
     names = data.list_objects(args.data)
     train = data.split_objects(names, args.val_fraction, "train")
     held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (closing it would let go)
-    check_flags(args, names)
+    manifest = {"format": data.ARCHIVE_FORMAT, "flags": {flag: vars(args)[flag] for flag in FLAGS}}
+    manifest |= {"image_size": args.image_size, "val_fraction": args.val_fraction, "objects": names}
+    begun = check_manifest(args, manifest)
 
     members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
                for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
@@ -340,7 +330,7 @@ def main() -> None:
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"
-    if rank == 0 and not (Path(args.archive) / "manifest.json").exists():
+    if rank == 0 and not begun:
         frozen_file.unlink(missing_ok=True)  # of an attempt with other flags
         encoder, codec = open_frozen(args, device)
         pca = None
@@ -356,7 +346,10 @@ def main() -> None:
     encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})
     if rank == 0:
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
-        open_manifest(args, encoder, codec, names)
+        manifest |= {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec)}
+        if not check_manifest(args, manifest):
+            text = json.dumps(manifest | {"crc32": data.json_checksum(manifest)}, indent=1)
+            write_atomically(Path(args.archive) / "manifest.json", lambda path: path.write_text(text))
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
             for batch in itertools.islice(load_views({0: (train or names)[:8]}, args, []), 1):
                 error = storage_error(batch["image"], encoder, args, device)
