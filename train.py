@@ -331,6 +331,9 @@ def main() -> None:
     if rank == 0 and args.preview_every and len(val_set):
         codec = pretrained.open_codec(frozen["codec"], args.vae, " (or --preview_every 0)").to(device)
     model.to(device, memory_format=torch.channels_last)
+    for name, p in model.named_parameters():  # run as linear layers, their gradients have these strides
+        if name.endswith(("proj_in.weight", "proj_out.weight")):
+            p.data = p.data.flatten(1)[:, :, None, None]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
