@@ -1,17 +1,16 @@
 """Draw the paper's figures from what the other scripts wrote.
 
+Each command writes OUT.png and OUT.pdf; figure 3 is a diagram in the README:
     python visualize.py trajectory --x0 out/samples/cat/x0.npz                        # figure 1 (sample.py --save_x0 8)
     python visualize.py timesteps                                                     # figure 2
     python visualize.py pca --archive out/archive --objects 00003 00007               # figures 5 and 9; matching: 4
     python visualize.py sweep --eval out/eval.jsonl --metric lpips                    # figure 6
     python visualize.py curves base=runs/a0,runs/a1 ours=runs/b0,runs/b1 --metric val_loss_ema    # figure 7
     python visualize.py wild out/samples/cat out/samples/dog                          # figure 8 (--azimuth 90)
-
-Each writes OUT.png and OUT.pdf. Figure 3 is a diagram in the README.
 """
 
 import argparse
-import itertools
+import contextlib
 import json
 from pathlib import Path
 
@@ -28,14 +27,13 @@ from model import TIMESTEPS, sample_timesteps, timestep_density
 from sample import seeded, to_pil
 from tools.durable import write_atomically
 
-LABELS = {"lpips": "LPIPS ↓", "psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "mse": "MSE on [-1, 1] ↓"}
+LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
-ALIKE = "data split protocol pairs image_size lpips_net sampler steps eta scale seed val_fraction precision".split()
+ALIKE = "files data split protocol pairs image_size lpips_net sampler steps eta scale seed precision".split()
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
+WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="by evaluate.py's settings, else train.py's (train.KEY)")
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])
-matplotlib.rc("axes", prop_cycle=CYCLE)
-matplotlib.rc("figure.constrained_layout", use=True)
-matplotlib.rc("font", size=8)
+matplotlib.rcParams.update({"axes.prop_cycle": CYCLE, "figure.constrained_layout.use": True, "font.size": 8})
 matplotlib.rc("lines", linewidth=1.2, markersize=3.5)
 
 
@@ -55,15 +53,18 @@ def read_lines(path: str | Path) -> list[dict]:
         raise InputError(f"{path}: unreadable ({error})") from None
 
 
-def read_scores(args, alike: list[str]) -> list[dict]:
+def read_scores(args, alike: list[str], rows: tuple[str, ...] = ("samples",)) -> list[dict]:
     """--eval's lines on runs that fulfil --where, with training's flags as "train.*" and "samples" as seen in training.
     Raises InputError when they differ in one of the keys `alike`."""
-    lines = [s for path in args.eval for s in read_lines(path) if s.get("run_args") and s["row"] == "samples"]
+    lines = [s for path in args.eval for s in read_lines(path) if s.get("run_args") and s.get("row") in rows]
     for line in lines:
         line |= {f"train.{key}": value for key, value in line["run_args"].items()}
         line["samples"] = line["step"] * line["train.global_batch"]
-    for key, _, value in (condition.partition("=") for condition in args.where):
-        lines = [line for line in lines if str(line.get(f"train.{key}", line.get(key))) == value]
+    for key, _, text in (condition.partition("=") for condition in args.where):
+        number = text
+        with contextlib.suppress(ValueError):
+            number = float(text)
+        lines = [s for s in lines if (v := s.get(key, s.get(f"train.{key}"))) == number or str(v) == text]
     if differ := first_difference(lines, alike):
         raise InputError(f"--eval: {differ} don't compare; choose by --where")
     return lines
@@ -71,10 +72,8 @@ def read_scores(args, alike: list[str]) -> list[dict]:
 
 def first_difference(lines: list[dict], keys: list[str]) -> str | None:
     """The first of the keys in which the lines differ, and how; None where they agree in all."""
-    for key in keys:
-        if len(values := {json.dumps(line.get(key)) for line in lines}) > 1:
-            return f"{key} {' and '.join(sorted(values))}"
-    return None
+    values = {key: sorted({json.dumps(line.get(key)) for line in lines}) for key in keys}
+    return next((f"{key} {' and '.join(found)}" for key, found in values.items() if len(found) > 1), None)
 
 
 def mean_and_spread(values) -> tuple[np.ndarray, np.ndarray]:
@@ -145,10 +144,10 @@ def archived_pairs(args) -> list[tuple[str, list[dict]]]:
 def trajectory(args) -> Figure:
     """figure 1: the predicted x0 along DDIM's steps, noisiest first, a row a view"""
     try:
-        x0, t = (np.load(args.x0)[key] for key in ("x0", "t"))  # (N, views, H, W, 3), (N,)
+        x0, t = np.load(args.x0)["x0"].transpose(1, 0, 2, 3, 4), np.load(args.x0)["t"]  # (views, N, H, W, 3), (N,)
+        return picture_grid(x0, [f"t = {step}" for step in t], [f"view {i}" for i in range(len(x0))])
     except Exception as error:  # np.load raises nearly anything
         raise InputError(f"--x0 {args.x0}: not from sample.py --save_x0 ({' '.join(str(error).split())})") from None
-    return picture_grid(x0.swapaxes(0, 1), [f"t = {step}" for step in t], [f"view {i}" for i in range(x0.shape[1])])
 
 
 def timesteps(args) -> Figure:
@@ -191,9 +190,10 @@ def matching(args) -> Figure:
 def sweep(args) -> Figure:
     """figure 6: a score by the mean and the std of training's timesteps; mean and standard deviation over runs"""
     lines = [line for line in read_scores(args, ALIKE + SWEPT) if line["train.t_sampling"] == "gaussian"]
+    lines = [line for line in lines if line["train.t_std"] == 200 or line["train.t_mean"] == 1000]
     last = {line["train.out"]: line for line in sorted(lines, key=lambda line: line["step"])}.values()  # of each run
-    if not last or not all(isinstance(line.get(args.metric), float) for line in last):
-        raise InputError(f"--metric {args.metric}: not of all Gaussian runs in {' '.join(args.eval)}")
+    if not last or not all(type(line.get(args.metric)) in (int, float) for line in last):
+        raise InputError(f"--metric {args.metric}: not of the runs of std 200 or mean 1000 in {' '.join(args.eval)}")
     axes = Figure(figsize=(6, 2.6)).subplots(1, 2, sharey=True)
     for ax, (swept, fixed, at) in zip(axes, (("mean", "std", 200), ("std", "mean", 1000)), strict=True):
         runs = [(line[f"train.t_{swept}"], line[args.metric]) for line in last if line[f"train.t_{fixed}"] == at]
@@ -208,14 +208,14 @@ def sweep(args) -> Figure:
 def curves(args) -> Figure:
     """figure 7: metrics along training, from log.jsonl or --eval; mean and standard deviation over a label's runs"""
     scores, ax = read_scores(args, ALIKE), Figure(figsize=(4.5, 3)).subplots()
-    for text, metric in itertools.product(args.runs, args.metric):
+    for text, metric in ((text, metric) for text in args.runs for metric in args.metric):
         label, runs = text.split("=", 1) if "=" in text else (text, text)
         found = []  # a run's {step: (x, y)}
-        for run in map(Path, runs.split(",")):
-            lines = [s for s in scores if Path(s["train.out"]) == run] if args.eval else read_lines(run / "log.jsonl")
-            found.append({s["step"]: (s[args.x], s[metric]) for s in lines if isinstance(s.get(metric), float)})
-        steps = sorted(set.intersection(*map(set, found)))
-        if not steps:
+        for run in (Path(run).absolute() for run in runs.split(",")):  # training may have had it relative
+            lines = [s for s in scores if run.parts[-len(out := Path(s["train.out"]).parts) :] == out]
+            lines = lines if args.eval else read_lines(run / "log.jsonl")
+            found.append({s["step"]: (s[args.x], s[metric]) for s in lines if type(s.get(metric)) in (int, float)})
+        if not (steps := sorted(set.intersection(*map(set, found)))):
             raise InputError(f"--metric {metric}: {runs} have it at no common step")
         (x, y), (_, spread) = (v.T for v in mean_and_spread([[run[step] for step in steps] for run in found]))
         x, unit = (x / 60, "training time (min)") if args.x == "seconds" else (x, args.x)
@@ -254,7 +254,7 @@ def main() -> None:
     flags[curves]("--x", choices=["seconds", "samples", "step"], default="seconds", help="horizontal axis")
     for draw in (sweep, curves):
         flags[draw]("--eval", nargs="+", default=[], metavar="FILE", required=draw is sweep, help="evaluate.py's --out")
-        flags[draw]("--where", nargs="+", default=[], metavar="KEY=VALUE", help="scores to take, by flags of training")
+        flags[draw]("--where", **WHERE)
     flags[wild]("folders", nargs="+", metavar="FOLDER", help="an image's folder in sample.py's --out")
     args = parser.parse_args()
     print("wrote", *save(args.draw(args), args.out))

@@ -90,6 +90,12 @@ def test_without_gradio_it_says_what_to_install(run, monkeypatch):
         call(app, "--ckpt", run)
 
 
+@pytest.mark.parametrize("flag, value", [("seed", -1), ("steps", 0), ("steps", 1001)])
+def test_flags_that_every_request_would_fail_on(run, flag, value):
+    with pytest.raises(InputError, match=f"--{flag} {value}"):
+        call(app, "--ckpt", run, f"--{flag}={value}")
+
+
 def test_the_page(run, photo, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio", reason="optional: tools/app-requirements.txt")
@@ -102,6 +108,9 @@ def test_the_page(run, photo, monkeypatch):
     assert generate.concurrency_limit == 1 and generate.concurrency_id != preview.concurrency_id
     values = [component.value for component in generate.inputs]
     assert values[2:] == [0, 0, 0, 0, 3, 1, 5, "dpm", False]
+    call(app, "--ckpt", run, "--device", "cpu", "--scale", 0)
+    scale = next(block for block in pages[1][0].blocks.values() if getattr(block, "label", "") == "Guidance")
+    assert scale.minimum <= scale.value == 0
     *_, (views, file) = generate.fn(photo, *values[1:])
     assert len(views) == 1 and file.endswith(".zip")
     assert [picture and picture.size for picture in preview.fn(photo, False)] == [None, (256, 256)]

@@ -182,7 +182,7 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
     lines = []
     for t_sampling, seed, psnr in (("uniform", 0, 10.0), ("uniform", 1, 12.0), ("gaussian", 0, 13.0)):
         flags = {"t_sampling": t_sampling, "t_mean": 1000, "t_std": 200, "amalgamate": True, "seed": seed}
-        flags["out"] = f"{t_sampling}{seed}"
+        flags |= {"out": f"{t_sampling}{seed}", "global_batch": 8}
         lines.append(line | {"run_args": flags, "psnr": psnr, "checkpoint": f"{t_sampling}{seed}"})
     lines.append(lines[0] | {"step": 1, "psnr": 99.0})  # an earlier checkpoint
     lines.append({"row": "white", "psnr": 5.0, "mse": 1.0})
@@ -192,7 +192,7 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
     assert "| uniform | samples | 2 | 11 ± 1.4 | 0.1 ± 0 |" in printed
     assert "| gaussian | samples | 1 | 13 | 0.1 |" in printed and "|  | white | 1 | 5 | 1 |" in printed
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(x | {"steps": i}) + "\n" for i, x in enumerate(lines[:2])))
-    with pytest.raises(InputError, match="differ in steps"):
+    with pytest.raises(InputError, match="steps 0 and 1 don.t compare"):
         call(table, "--eval", tmp_path / "mixed.jsonl")
     with pytest.raises(InputError, match="--by lr"):
         call(table, "--eval", tmp_path / "eval.jsonl", "--by", "lr")

@@ -1,19 +1,22 @@
 """visualize.py: the numbers behind each figure, and that each sub-command writes both files."""
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
 import pretrained
 import visualize
 from data import InputError
 from model import timestep_density
+from precompute_dino import save_shard
 from pretrained import SpaceToDepth
 from tools.shapes import look_at
 
@@ -50,7 +53,7 @@ def archive(tmp_path):
     rows |= {"patch": patch.half(), "alpha": alpha, "pose": poses, "view_offset": torch.tensor([0, 3, 6])}
     root = tmp_path / "archive"
     root.mkdir()
-    save_file(rows, root / "00000.safetensors")
+    save_shard(root / "00000.safetensors", rows)
     encoder = {"name": "vit", "layers": [3, 7], "pca": None, "feature_dim": 16, "cls_dim": 8, "tokens": 16}
     encoder |= {"weights": "random", "image_size": 64, "sha256": ""}
     manifest = {"format": data.ARCHIVE_FORMAT, "objects": ["a", "b"], "val_fraction": 0.5, "image_size": 16,
@@ -127,11 +130,11 @@ def test_features_that_an_archive_lacks(monkeypatch, tmp_path, archive):
     with pytest.raises(InputError, match="no such file"):
         draw(monkeypatch, tmp_path, "pca", "--archive", tmp_path / "nothing")
     rows = load_file(root / "00000.safetensors")
-    save_file(rows | {"alpha": torch.zeros_like(rows["alpha"])}, root / "00000.safetensors")
+    save_shard(root / "00000.safetensors", rows | {"alpha": torch.zeros_like(rows["alpha"])})
     with pytest.raises(InputError, match="--objects a: .* four foreground patches"):
         draw(monkeypatch, tmp_path, "matching", "--archive", root)
     del rows["patch"]
-    save_file(rows, root / "00000.safetensors")
+    save_shard(root / "00000.safetensors", rows)
     edit_encoder(root, layers=[], feature_dim=0)
     with pytest.raises(InputError, match="holds no patch features"):
         draw(monkeypatch, tmp_path, "matching", "--archive", root)
@@ -148,7 +151,9 @@ def test_trajectory_has_a_row_a_view_and_a_column_a_timestep(monkeypatch, tmp_pa
     assert [ax.get_title() for ax in figure.axes] == ["t = 999", "t = 499", "t = 9", "", "", ""]
     assert np.array_equal(figure.axes[4].images[0].get_array(), x0[1, 1])
     (tmp_path / "torn.npz").write_bytes((tmp_path / "cat/x0.npz").read_bytes()[:100])
-    for path in (tmp_path / "torn.npz", tmp_path / "none.npz"):
+    np.savez(tmp_path / "flat.npz", x0=x0[0], t=np.array([999]))
+    np.savez(tmp_path / "short.npz", x0=x0, t=np.array([999]))
+    for path in (tmp_path / f"{name}.npz" for name in ("torn", "none", "flat", "short")):
         with pytest.raises(InputError, match="--x0 .*npz: not from"):
             draw(monkeypatch, tmp_path, "trajectory", "--x0", path)
 
@@ -189,6 +194,7 @@ def test_sweep_takes_each_runs_last_score_and_groups_seeds(monkeypatch, tmp_path
         score("base", 20, 0.1),
         score("uniform", 20, 0.7, t_sampling="uniform"),
     ]
+    lines += [{"step": 20, "run_args": {"out": "a"}}, score("elsewhere", 20, 0.6, t_mean=500, t_std=500)]
     lines += [score("s500", 20, 0.5, t_std=500), score("plain", 20, 0.8, amalgamate=False)]
     write_lines(tmp_path / "eval.jsonl", lines)
     with pytest.raises(InputError, match="train.amalgamate false and true don't compare"):
@@ -209,6 +215,26 @@ def test_sweep_refuses_other_evaluations_and_unknown_metrics(monkeypatch, tmp_pa
         draw(
             monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl", "--where", "split=val", "--metric", "fid"
         )
+
+
+def test_where_is_the_evaluations_before_trainings(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    flags = {"steps": 1200, "seed": 1, "t_std": 200.0, "lr": 1e-4}
+    write_lines(path, [score("a", 20, 0.2, **flags) | {"steps": 2}, score("b", 20, 0.3, **flags) | {"steps": 3}])
+
+    def chosen(*where):
+        args = argparse.Namespace(eval=[path], where=where)
+        return [Path(line["train.out"]).name for line in visualize.read_scores(args, [])]
+
+    assert chosen("steps=2") == ["a"] and chosen("steps=1200") == [] and chosen("train.steps=1200") == ["a", "b"]
+    assert chosen("seed=0") == chosen("train.seed=1") == ["a", "b"] and chosen("train.seed=0") == []
+    assert chosen("t_std=200", "lr=0.0001", "amalgamate=True", "out=b") == chosen("steps=3.0") == ["b"]
+
+
+def test_sweep_wants_runs_on_its_axes(monkeypatch, tmp_path):
+    write_lines(tmp_path / "eval.jsonl", [score("a", 20, 0.2, t_mean=500, t_std=500)])
+    with pytest.raises(InputError, match="--metric lpips: .* std 200 or mean 1000"):
+        draw(monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl")
 
 
 def test_curves_mean_and_spread_over_runs(monkeypatch, tmp_path):
@@ -236,6 +262,9 @@ def test_curves_of_scores_belong_to_their_run(monkeypatch, tmp_path):
     write_lines(tmp_path / "eval.jsonl", lines)
     argv = ("curves", tmp_path / "a", "--metric", "lpips", "--eval", tmp_path / "eval.jsonl")
     assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[1, 0.5], [2, 0.3]])
+    write_lines(tmp_path / "eval.jsonl", [score(f"./{tmp_path.name}/a/", 3, 0.7), score(".", 3, 0.7)])  # relative
+    assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[3, 0.7]])
+    write_lines(tmp_path / "eval.jsonl", lines)
     axes = draw(monkeypatch, tmp_path, *argv, "--x", "samples").axes
     assert np.allclose(axes[0].lines[0].get_xdata(), [8, 16])
 
@@ -246,8 +275,11 @@ def test_logs_that_cannot_be_drawn(monkeypatch, tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(InputError, match="--metric loss: .* no common step"):
         draw(monkeypatch, tmp_path, "curves", tmp_path)
-    write_lines(tmp_path / "log.jsonl", [{"step": 1, "seconds": 1.0, "val_loss": 2.0}])
-    draw(monkeypatch, tmp_path, "curves", tmp_path, "--metric", "val_loss")
+    write_lines(tmp_path / "log.jsonl", [{"step": 1, "seconds": 1.0, "val_loss": 2.0, "skipped": 3, "ok": True}])
+    axes = draw(monkeypatch, tmp_path, "curves", tmp_path, "--metric", "val_loss", "skipped").axes
+    assert [line.get_ydata().tolist() for line in axes[0].lines] == [[2], [3]]
+    with pytest.raises(InputError, match="--metric ok"):
+        draw(monkeypatch, tmp_path, "curves", tmp_path, "--metric", "ok")
     (tmp_path / "file").write_text("{not json}")
     with pytest.raises(InputError, match="file: unreadable"):
         draw(monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "file")

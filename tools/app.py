@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network in")
     parser.add_argument("--port", type=int, default=7860, help="to listen at")
     args = parser.parse_args()
+    data.require_positive(args)
+    sample.ddim_timesteps(args.steps)  # raises InputError
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
@@ -102,7 +104,7 @@ def main() -> None:
             flags["orbit"] = gr.Slider(0, 36, 0, step=1, precision=0, label="Orbit", info="views all around, or 0")
         with gr.Row():
             flags["steps"] = gr.Slider(1, max(200, args.steps), args.steps, step=1, precision=0, label="Steps")
-            flags["scale"] = gr.Slider(1, max(10, args.scale), args.scale, step=0.1, label="Guidance scale")
+            flags["scale"] = gr.Slider(min(1, args.scale), max(10, args.scale), args.scale, step=0.1, label="Guidance")
             flags["seed"] = gr.Slider(0, max(9999, args.seed), args.seed, step=1, precision=0, label="Seed")
             flags["sampler"] = gr.Radio(["ddim", "dpm"], value=args.sampler, label="Sampler")
             flags["stochastic_conditioning"] = gr.Checkbox(label="Stochastic conditioning")

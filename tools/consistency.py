@@ -63,8 +63,10 @@ def agreement(views: Tensor, depths: Tensor, w2c: Tensor) -> float:
 
 
 def load_orbit(root: str, name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(images (N,3,S,S), depths (N,S,S), world-to-camera (N,3,4)) of an object. Raises InputError without depth."""
+    """(images (N,3,S,S), depths (N,S,S), world-to-camera (N,3,4)) of an object, N >= 3. InputError without depth."""
     views = data.list_views(root, name)
+    if len(views) < 3:
+        raise InputError(f"--data {root}: {name} has {len(views)} view(s); an input and two neighbours are needed")
     images = torch.stack([data.load_image(image, size)[0] for image, _ in views])
     w2c = torch.stack([torch.from_numpy(data.read_pose(npy)).float() for _, npy in views])
     depths = []
@@ -80,31 +82,39 @@ def load_orbit(root: str, name: str, size: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter, conflict_handler="resolve"
+    )
     sample.add_checkpoint_flags(parser)
     sample.add_sampler_flags(parser)
     parser.add_argument("--data", required=True, help="orbits with depth, by data.py shapes --orbit")
     parser.add_argument("--objects", type=int, default=16, help="at most so many, the first")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
+    parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--batch_size", type=int, default=16, help="independent views at a time")
     parser.add_argument("--out", default="consistency.jsonl", help="file that gets a line a way and seed")
     parser.add_argument("--grid", help="picture to write: the first object's true orbit, and each way's")
     args = parser.parse_args()
-    data.require_positive(args, "objects", "batch_size")
+    data.require_positive(args, "objects")
+    sample.check_sampler_flags(args)
     if min(args.seeds) < 0:
         raise InputError(f"--seeds {min(args.seeds)}: must not be negative")
+    sample.ddim_timesteps(args.steps)  # raises InputError
+    out = Path(args.out)
+    write_atomically(out, lambda path: path.write_bytes(out.read_bytes() if out.exists() else b""))  # or fail now
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     names = data.list_objects(args.data)[: args.objects]
-    base = args.seed
     orbits = [load_orbit(args.data, name, meta["image_size"]) for name in names]
+    truth = [agreement(images[1:], depths[1:], w2c[1:]) for images, depths, w2c in orbits]
+    if np.isnan(truth).all():
+        raise InputError(f"--data {args.data}: neighbouring views of no orbit show the same; it takes more views")
     lines, rows = [], [list(orbits[0][0][1:])]
     runs = list(itertools.product(WAYS, args.seeds))
     for way, seed in tqdm(runs, unit="run"):
         args.stochastic_conditioning, args.shared_noise = WAYS[way]
         scores = []
         for index, (images, depths, w2c) in enumerate(orbits):
-            args.seed = base + seed * len(orbits) + index
+            args.seed = seed * len(orbits) + index
             poses = data.relative_pose(w2c[:1], w2c[1:])
             views = sample.sample_views(images[0], poses, model, encoder, codec, args)
             scores.append((psnr(views, images[1:]).mean().item(), agreement(views, depths[1:], w2c[1:])))
@@ -112,13 +122,12 @@ def main() -> None:
         score, agree = np.nanmean(scores, axis=0)
         lines.append({"way": way, "seed": seed, "psnr": score, "agreement": agree, "objects": len(orbits),
                       "checkpoint": args.ckpt} | sample.sampler_flags(args))  # fmt: skip
-    write_atomically(Path(args.out), lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
-    truth = np.nanmean([agreement(images[1:], depths[1:], w2c[1:]) for images, depths, w2c in orbits])
+    write_atomically(out, lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
     print(f"| {len(orbits)} orbits, {len(args.seeds)} seeds | PSNR | agreement |\n|---|---|---|")
     for way in WAYS:
         cells = [mean_and_spread([x[key] for x in lines if x["way"] == way]) for key in ("psnr", "agreement")]
         print(f"| {way} |", " | ".join(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells), "|")
-    print(f"| the true views | | {truth:.2f} |")
+    print(f"| the true views | | {np.nanmean(truth):.2f} |")
     if args.grid:
         labels = [str(i) for i in range(1, 1 + len(rows[0]))]
         sample.save_picture(Path(args.grid), sample.labelled_grid(rows, labels, max(1, 128 // meta["image_size"])))

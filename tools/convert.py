@@ -50,6 +50,8 @@ def write_ldm(path: str | Path, model: NovelViewModel, codec: nn.Module, encoder
     They sample the EMA: the weights are written as both, once on disk, for the tensors share memory.
     """
     unet, vae, projection = exported(model, codec)
+    if (heads := model.unet.middle_block[1].transformer_blocks[0].attn1.num_heads) != 8:
+        raise InputError(f"--ckpt: {heads} attention heads; a .ckpt doesn't hold the number, and its readers take 8")
     if not encoder.clip:
         raise InputError(f"--ckpt: conditioned on {encoder.name}; zero123's own code knows CLIP only")
     state = {PREFIX["unet"] + k: v for k, v in unet.items()}
@@ -84,12 +86,11 @@ def write_diffusers(folder: str | Path, model: NovelViewModel, codec: nn.Module)
     configs["cc_projection"] = {"_class_name": "CCProjection", "in_channel": into, "out_channel": out}
     projection = {f"projection.{k}": v for k, v in projection.items()}
     for (name, config), tensors in zip(configs.items(), (unet, vae, projection), strict=True):
-        Path(folder, name).mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        tensors, text = {k: v.contiguous() for k, v in tensors.items()}, json.dumps(config, indent=2)
         write_atomically(
             Path(folder, name, "diffusion_pytorch_model.safetensors"), lambda path, t=tensors: save_file(t, path)
         )
-        Path(folder, name, "config.json").write_text(json.dumps(config, indent=2))
+        write_atomically(Path(folder, name, "config.json"), lambda path, t=text: path.write_text(t))
 
 
 def main() -> None:
@@ -99,6 +100,8 @@ def main() -> None:
     parser.add_argument("--encoder_weights", help="the image encoder's weights, where the checkpoint's are elsewhere")
     parser.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
     args = parser.parse_args()
+    if args.out.endswith((".pt", ".pth", ".bin", ".safetensors")):
+        raise InputError(f"--out {args.out}: x.ckpt, or a folder for diffusers")
     model, encoder, codec, _ = load_checkpoint(args.ckpt, "cpu", args.encoder_weights, args.vae)
     if args.out.endswith(".ckpt"):
         write_ldm(args.out, model, codec, encoder)

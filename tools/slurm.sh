@@ -12,7 +12,9 @@
 set -uo pipefail
 
 OUT=""
-for ((i = 1; i < $#; i++)); do [[ ${!i} == --out ]] && { j=$((i + 1)); OUT=${!j}; }; done
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in --out) j=$((i + 1)); OUT=${!j:-} ;; --out=*) OUT=${!i#--out=} ;; esac
+done
 [[ -n $OUT ]] || { echo "error: --out OUT is needed" >&2; exit 1; }
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 

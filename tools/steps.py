@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--out", default="out/steps", help="writes OUT.png, OUT.pdf and OUT.jsonl")
     args = parser.parse_args()
     data.require_positive(args, "pairs", "batch_size")
-    args.steps = sorted(set(args.steps))
+    args.steps, log = sorted(set(args.steps)), Path(f"{args.out}.jsonl")
+    for steps in args.steps:
+        sample.ddim_timesteps(steps)  # raises InputError
+    write_atomically(log, lambda path: path.write_bytes(log.read_bytes() if log.exists() else b""))  # or fail now
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
@@ -78,7 +81,7 @@ def main() -> None:
     figure.axes[0].legend()
     written = visualize.save(figure, args.out)
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(Path(f"{args.out}.jsonl"), lambda path: path.write_text(text))
+    write_atomically(log, lambda path: path.write_text(text))
     print(
         "| steps |",
         " | ".join(WAYS),

@@ -2,17 +2,15 @@
 
     python -m tools.table --eval out/ablation/eval.jsonl --by t_sampling t_mean t_std amalgamate
 
-Runs that agree in the flags of training given by --by are one row; the last checkpoint of each run counts. Baselines
-without a model come below. Prints Markdown.
+Runs that agree in the flags of training given by --by are one row; the last checkpoint of each run counts. What has no
+flags of training, the baselines above all, comes below, where it is of the same pairs. Prints Markdown.
 """
 
 import argparse
 
 import data
 from data import InputError
-from visualize import ALIKE, first_difference, mean_and_spread, read_lines
-
-METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE on [-1,1]"}
+from visualize import ALIKE, LABELS, WHERE, mean_and_spread, read_lines, read_scores
 
 
 def main() -> None:
@@ -21,29 +19,27 @@ def main() -> None:
     parser.add_argument(
         "--by", nargs="+", default=["t_sampling", "t_mean", "t_std", "amalgamate"], help="flags of train.py"
     )
+    parser.add_argument("--where", **WHERE)
     args = parser.parse_args()
-    lines = [line for path in args.eval for line in read_lines(path) if "row" in line]
+    lines = sorted(read_scores(args, ALIKE, ("samples", "poses shuffled")), key=lambda line: line["step"])
     if not lines:
-        raise InputError(f"--eval {' '.join(args.eval)}: no scores of evaluate.py")
-    runs = {(line["run_args"].get("out"), line["row"]): line for line in sorted(
-        (line for line in lines if line.get("run_args")), key=lambda line: line["step"])}  # fmt: skip
+        raise InputError(f"--eval {' '.join(args.eval)}: no scores of runs{' that fulfil --where' * bool(args.where)}")
     groups: dict[tuple, list[dict]] = {}
-    for line in runs.values():
+    for line in {(line["train.out"], line["row"]): line for line in lines}.values():
         if missing := [flag for flag in args.by if flag not in line["run_args"]]:
             raise InputError(f"--by {missing[0]}: not a flag of {line['checkpoint']}")
-        groups.setdefault((*(line["run_args"][flag] for flag in args.by), line["row"]), []).append(line)
-    for line in lines:
-        if not line.get("run_args"):
-            groups.setdefault((*("" for _ in args.by), line["row"]), [line])
-    metrics = [key for key in METRICS if all(line.get(key) is not None for line in lines)]
-    if differ := first_difference(list(runs.values()), ALIKE):
-        raise InputError(f"--eval: the lines differ in {differ}, which don't compare")
-    print("|", " | ".join([*args.by, "row", "runs", *(METRICS[key] for key in metrics)]), "|")
+        groups.setdefault((*(str(line["run_args"][flag]) for flag in args.by), line["row"]), []).append(line)
+    for other in (line for path in args.eval for line in read_lines(path) if line.get("row")):
+        if not other.get("run_args") and all(other[key] == lines[0].get(key) for key in ALIKE if key in other):
+            row = " of ".join(other[key] for key in ("row", "checkpoint") if key in other)
+            groups[(*("" for _ in args.by), row)] = [other]
+    metrics = [key for key in LABELS if all(line.get(key) is not None for group in groups.values() for line in group)]
+    print("|", " | ".join([*args.by, "row", "runs", *(LABELS[key] for key in metrics)]), "|")
     print("|" + "---|" * (len(args.by) + 2 + len(metrics)))
     for key, group in groups.items():
         scores = [mean_and_spread([line[metric] for line in group]) for metric in metrics]
         cells = [f"{mean:.4g}" + (f" ± {spread:.2g}" if len(group) > 1 else "") for mean, spread in scores]
-        print("|", " | ".join([*map(str, key), str(len(group)), *cells]), "|")
+        print("|", " | ".join([*key, str(len(group)), *cells]), "|")
 
 
 if __name__ == "__main__":
