@@ -25,8 +25,8 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
-from data import InputError
 from precompute_dino import set_up
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import write_atomically
 
 
@@ -210,7 +210,7 @@ def open_table(out: Path) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     sample.add_checkpoint_flags(group, nargs="+")
     group = parser.add_argument_group("pairs")
@@ -232,7 +232,7 @@ def main() -> None:
     group.add_argument("--grid", help="picture to write: condition, target, sample of eight pairs; of the last --ckpt")
     args = parser.parse_args()
     sample.check_sampler_flags(args)
-    data.require_positive(args, "samples", *(["pairs"] if args.pairs is not None else []))
+    require_positive(args, "samples", *(["pairs"] if args.pairs is not None else []))
     args.device, args.rank, args.world = set_up(args)
     lines: dict[str, dict] = {}
     open_table(Path(args.out))
@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import pretrained
-from data import InputError
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import lock, write_atomically
 
 # ------------------------------------------------------------------------------------------- shared with train, sample
@@ -298,7 +298,7 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
     group.add_argument("--archive", required=True, help="folder to write")
@@ -314,7 +314,7 @@ def main() -> None:
     group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    data.require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
+    require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
 
     device, rank, world = set_up(args)  # the ranks only wait: for what rank 0 settles, and at the end
     names = data.list_objects(args.data)
@@ -373,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -18,8 +18,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from data import InputError, check_specs
 from model import NovelViewModel
+from tools.cli import InputError, check_specs
 from tools.formats import (
     PREFIX,
     clip_to_timm,

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import data
 import pretrained
-from data import InputError
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from precompute_dino import autocast, encode, set_up
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import write_atomically
 from tools.pictures import labelled_grid, load_photo, save_picture, to_pil
 
@@ -180,7 +180,7 @@ def add_sampler_flags(group) -> None:
 
 def check_sampler_flags(args: argparse.Namespace) -> None:
     """Raises InputError naming the flag."""
-    data.require_positive(args, "batch_size", "steps")
+    require_positive(args, "batch_size", "steps")
     if not (0 <= args.eta <= 1 and math.isfinite(args.scale)):
         raise InputError(f"--eta {args.eta} --scale {args.scale}: eta is 0 to 1, scale a number")
 
@@ -200,7 +200,7 @@ def add_checkpoint_flags(group, nargs: str | None = None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group)
     group = parser.add_argument_group("views")
@@ -313,4 +313,4 @@ def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Ten
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -1,8 +1,8 @@
 """Train Efficient-3DiM (Jiang et al., ICLR 2024; sections 3 and A.1), or its Zero-1-to-3 baseline.
 
     python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 --res_blocks 1 \
-        --attention 1 2 --heads 4 --context_dim 128 --prediction v --t_sampling uniform --steps 200 --batch_size 32 \
-        --accumulate 1 --precision fp32                                                     # a CPU, a minute
+        --attention 1 2 --heads 4 --context_dim 128 --prediction v --t_sampling uniform --steps 100 --batch_size 16 \
+        --accumulate 1 --val_every 0 --preview_every 0                                      # a CPU, a minute
     python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --batch_size 192 --accumulate 8
     torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full
 
@@ -32,16 +32,16 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
-from data import InputError
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from precompute_dino import add_encoder_flags, autocast, open_frozen, set_up
 from tools import durable
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 
 BINS = 10  # of the loss by timestep
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     toggle = argparse.BooleanOptionalAction
 
     flag = parser.add_argument_group("data").add_argument
@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
 
     positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr clip context_dim "
     positive += "image_size encoder_size pixels_factor"
-    data.require_positive(args, *positive.split(), "max_skips", "val_pairs")
+    require_positive(args, *positive.split(), "max_skips", "val_pairs")
     if not (args.online or args.archive) or args.online != bool(args.data):
         raise InputError("give --archive, or --online with --data, or all three")
     if not 0 <= args.cond_dropout <= 1 / 3:
@@ -500,4 +500,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 import data
 import pretrained
-from data import InputError
 from model import TIMESTEPS, sample_timesteps, timestep_density
 from sample import seeded, to_pil
+from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
 
 LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "mse": "MSE on [-1, 1] ↓"}
@@ -235,10 +235,10 @@ def wild(args) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     commands, flags = parser.add_subparsers(required=True, metavar="FIGURE"), {}
     for draw in (trajectory, timesteps, matching, pca, sweep, curves, wild):
-        command = commands.add_parser(draw.__name__, help=draw.__doc__, formatter_class=data.HelpFormatter)
+        command = commands.add_parser(draw.__name__, help=draw.__doc__, formatter_class=HelpFormatter)
         command.set_defaults(draw=draw)
         command.add_argument("--out", default=f"out/{draw.__name__}", help="writes OUT.png and OUT.pdf")
         flags[draw] = command.add_argument
@@ -261,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

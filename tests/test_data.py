@@ -14,9 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import InputError
 from tools import shapes
 from tools.check import check
+from tools.cli import InputError, run_script
 from tools.shapes import look_at
 
 
@@ -241,10 +241,10 @@ def broken_item(item):
 
 def test_a_workers_input_error_is_one_line_too(capsys):
     with pytest.raises(SystemExit) as error:
-        data.run_script(lambda: list(DataLoader([7], batch_size=None, collate_fn=broken_item, num_workers=1)))
+        run_script(lambda: list(DataLoader([7], batch_size=None, collate_fn=broken_item, num_workers=1)))
     assert error.value.code == "error: 7.png: unreadable"
     with pytest.raises(ZeroDivisionError):
-        data.run_script(lambda: 1 / 0)
+        run_script(lambda: 1 / 0)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ import data
 import precompute_dino
 import pretrained
 import train
-from data import InputError
 from tools import durable
+from tools.cli import InputError, run_script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which CUDA forbids: CUDA_VISIBLE_DEVICES=")
 LONG = bool(os.environ.get("LONG"))
@@ -49,7 +49,7 @@ def fork(work, log: Path, setup=lambda: None) -> int:
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
         setup()
-        data.run_script(work)
+        run_script(work)
         code = 0
     except SystemExit as stop:
         print(stop)

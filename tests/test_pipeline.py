@@ -18,8 +18,8 @@ import precompute_dino
 import pretrained
 import sample
 import train
-from data import InputError
 from model import noise_schedule
+from tools.cli import InputError
 from tools.shapes import look_at
 
 TRAIN = [*SMALL, "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3, "--val_every", 3]

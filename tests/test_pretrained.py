@@ -21,10 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 import pretrained
 import sample
-from data import InputError
 from model import NovelViewModel, UNet
 from pretrained import AutoencoderKL, ImageEncoder, SpaceToDepth
 from tools import convert
+from tools.cli import InputError
 from tools.formats import to_ldm, unet_names, vae_names
 
 SMALL_UNET = dict(

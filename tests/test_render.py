@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import data
-from data import InputError
 from tools import render
+from tools.cli import InputError
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -16,9 +16,9 @@ import data
 import pretrained
 import sample
 import train
-from data import InputError
 from model import noise_schedule
 from tools import consistency, shapes, table
+from tools.cli import InputError
 from tools.shapes import look_at
 
 

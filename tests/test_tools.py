@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT, call
 
 import data
-from data import InputError
 from model import NovelViewModel
 from pretrained import AutoencoderKL
 from tools import consistency, convert, steps, table
+from tools.cli import InputError
 
 BLANK = {"data": "d", "split": "val", "protocol": "pairs", "pairs": 4, "image_size": 32, "lpips_net": None,
          "val_fraction": 0.1}  # fmt: skip

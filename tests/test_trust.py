@@ -22,8 +22,8 @@ from test_faults import LONG, load_state, make_small, pytestmark, restore, same,
 import data
 import pretrained
 import train
-from data import InputError
 from tools import durable
+from tools.cli import InputError
 from tools.formats import PREFIX
 
 

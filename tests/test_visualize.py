@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import data
 import pretrained
 import visualize
-from data import InputError
 from model import timestep_density
 from precompute_dino import save_shard
 from pretrained import SpaceToDepth
+from tools.cli import InputError
 from tools.shapes import look_at
 
 FOREGROUND = [1, 2, 5, 6, 9, 10, 13, 14]  # the middle columns of a 4x4 grid of patches

@@ -19,11 +19,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import data
 import pretrained
 import sample
-from data import InputError
 from precompute_dino import set_up
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 
 
 def enlarged(image: Tensor) -> Image.Image:
@@ -64,13 +63,13 @@ def generate(opened: tuple, args: argparse.Namespace, photo: str | None, crop: b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     sample.add_checkpoint_flags(parser)
     sample.add_sampler_flags(parser.add_argument_group("what the page starts with"))
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network in")
     parser.add_argument("--port", type=int, default=7860, help="to listen at")
     args = parser.parse_args()
-    data.require_positive(args)
+    require_positive(args)
     sample.ddim_timesteps(args.steps)  # raises InputError
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -117,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -33,6 +33,7 @@ import pretrained
 import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
+from tools.cli import HelpFormatter, run_script
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -385,7 +386,7 @@ def table(columns: dict[str, str], records: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     flag, rows = parser.add_argument, ["ours", "reading", "diffusers", "zero123"]
     flag("bench", choices=[*COLUMNS, "all"], help="what to measure")
     flag("--size", choices=SIZES, help="shapes; default: full (the paper's) on a GPU, else small")
@@ -435,4 +436,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import InputError
+from tools.cli import HelpFormatter, InputError, require_positive
 
 NOTES = ("image without alpha", "nothing visible in image", "image not square", "pose looks like camera-to-world",
          "object behind camera (OpenCV axes?)", "camera does not look at the origin")  # fmt: skip
@@ -97,7 +97,7 @@ def write_list(root: Path, names: list[str]):
 def add_command(commands) -> None:
     """`data.py check`: exit code 1 if the tree has defects."""
     text = "Validate a tree; exit code 1 if it has defects. Write a valid_paths.json of what is sound if it has none."
-    parser = commands.add_parser("check", help="validate a tree", description=text, formatter_class=data.HelpFormatter)
+    parser = commands.add_parser("check", help="validate a tree", description=text, formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
     add_workers(parser)
     parser.set_defaults(run=run)
@@ -108,5 +108,5 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    data.require_positive(args)
+    require_positive(args)
     raise SystemExit(int(check(args.data, args.workers) > 0))

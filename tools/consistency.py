@@ -22,9 +22,10 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
-from data import TAN_HALF_FOV, InputError
+from data import TAN_HALF_FOV
 from evaluate import psnr
 from precompute_dino import set_up
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import write_atomically
 from visualize import mean_and_spread
 
@@ -83,7 +84,7 @@ def load_orbit(root: str, name: str, size: int) -> tuple[Tensor, Tensor, Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter, conflict_handler="resolve"
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter, conflict_handler="resolve"
     )
     sample.add_checkpoint_flags(parser)
     sample.add_sampler_flags(parser)
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", default="consistency.jsonl", help="file that gets a line a way and seed")
     parser.add_argument("--grid", help="picture to write: the first object's true orbit, and each way's")
     args = parser.parse_args()
-    data.require_positive(args, "objects")
+    require_positive(args, "objects")
     sample.check_sampler_flags(args)
     if min(args.seeds) < 0:
         raise InputError(f"--seeds {min(args.seeds)}: must not be negative")
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

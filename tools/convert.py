@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import HelpFormatter, InputError, run_script
 from model import NovelViewModel
 from pretrained import AutoencoderKL, ImageEncoder, load_checkpoint
+from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
 from tools.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
 

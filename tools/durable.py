@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 import pretrained
-from data import InputError
 from model import NovelViewModel
+from tools.cli import InputError
 
 # ------------------------------------------------------------------------------------------------------------- files
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import data
-from data import InputError
+from tools.cli import InputError
 from tools.durable import write_atomically
 
 

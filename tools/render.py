@@ -38,8 +38,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from data import InputError
 from tools.check import write_list
+from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.shapes import look_at
 
 EXTENSIONS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".fbx")
@@ -307,7 +307,7 @@ def render_all(meshes: dict[str, Path], out: Path, options: dict, workers: int, 
 
 def main(argv: list[str] | None = None, render=render_mesh):
     text = "Render meshes to data.py's layout, with Blender. Rerun to go on where a run ended."
-    parser = argparse.ArgumentParser("python -m tools.render", description=text, formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser("python -m tools.render", description=text, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--meshes", type=Path, required=True, help=f"folder that is searched for {' '.join(EXTENSIONS)}")
     add("--out", type=Path, required=True, help="folder to write; what is finished in it is skipped")
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None, render=render_mesh):
     defaults = {"size": 512, "samples": 128} if args.zero123 else {"size": 256, "samples": 32}
     for flag, value in (defaults | {"workers": 2 if args.device == "cuda" else min(os.cpu_count(), 16)}).items():
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
-    data.require_positive(args, "size", "samples", "workers", "timeout")
+    require_positive(args, "size", "samples", "workers", "timeout")
     for flag, low, high in (("views", 2, 10**4), ("seed", 0, 2**63), ("size", 1, int(data.MAX_PIXELS**0.5))):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be from {low} to {high}")
@@ -374,4 +374,4 @@ def main(argv: list[str] | None = None, render=render_mesh):
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import data
-from data import TAN_HALF_FOV, InputError, camera_centre
+from data import TAN_HALF_FOV, camera_centre
 from tools.check import add_workers, write_list
+from tools.cli import HelpFormatter, InputError, require_positive
 
 # K primitives, all of one formula: the distance to a box of half-edges (hx,hy,hz), rounded by `rounding`, whose hx
 # grows by `slope` per unit of z (wedges, cones), over local (x,y,z), or (rho - ring,y,z) where ring >= 0 (revolved).
@@ -226,7 +226,7 @@ def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: st
 def add_command(commands) -> None:
     """`data.py shapes`."""
     text = "Render procedural objects: RGBA, poses and depth."
-    parser = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=data.HelpFormatter)
+    parser = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument("--objects", type=int, default=512, help="number of objects")
     parser.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
@@ -239,5 +239,5 @@ def add_command(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    data.require_positive(args, "objects", "views", "size")
+    require_positive(args, "objects", "views", "size")
     shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)

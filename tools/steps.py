@@ -14,12 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import data
 import pretrained
 import sample
 import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
 from precompute_dino import set_up
+from tools.cli import HelpFormatter, require_positive, run_script
 from tools.durable import write_atomically
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
@@ -27,7 +27,7 @@ CONVERGED = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     sample.add_checkpoint_flags(parser)
     parser.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
     parser.add_argument("--val_fraction", type=float, help="share of objects held out; default: the checkpoint's")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="pairs at a time")
     parser.add_argument("--out", default="out/steps", help="writes OUT.png, OUT.pdf and OUT.jsonl")
     args = parser.parse_args()
-    data.require_positive(args, "pairs", "batch_size")
+    require_positive(args, "pairs", "batch_size")
     args.steps, log = sorted(set(args.steps)), Path(f"{args.out}.jsonl")
     for steps in args.steps:
         sample.ddim_timesteps(steps)  # raises InputError
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)

@@ -8,13 +8,12 @@ flags of training, the baselines above all, comes below, where it is of the same
 
 import argparse
 
-import data
-from data import InputError
+from tools.cli import HelpFormatter, InputError, run_script
 from visualize import ALIKE, LABELS, WHERE, mean_and_spread, read_lines, read_scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--eval", nargs="+", required=True, help="evaluate.py's --out")
     parser.add_argument(
         "--by", nargs="+", default=["t_sampling", "t_mean", "t_std", "amalgamate"], help="flags of train.py"
@@ -43,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    run_script(main)
