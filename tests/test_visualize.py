@@ -17,6 +17,7 @@ import visualize
 from model import timestep_density
 from precompute_dino import save_shard
 from pretrained import SpaceToDepth
+from tools import scores
 from tools.cli import InputError
 from tools.shapes import look_at
 
@@ -224,7 +225,7 @@ def test_where_is_the_evaluations_before_trainings(tmp_path):
 
     def chosen(*where):
         args = argparse.Namespace(eval=[path], where=where)
-        return [Path(line["train.out"]).name for line in visualize.read_scores(args, [])]
+        return [Path(line["train.out"]).name for line in scores.read_scores(args, [])]
 
     assert chosen("steps=2") == ["a"] and chosen("steps=1200") == [] and chosen("train.steps=1200") == ["a", "b"]
     assert chosen("seed=0") == chosen("train.seed=1") == ["a", "b"] and chosen("train.seed=0") == []

@@ -27,7 +27,7 @@ from evaluate import psnr
 from precompute_dino import set_up
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import write_atomically
-from visualize import mean_and_spread
+from tools.scores import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
     "independent": (False, False),

@@ -9,7 +9,7 @@ flags of training, the baselines above all, comes below, where it is of the same
 import argparse
 
 from tools.cli import HelpFormatter, InputError, run_script
-from visualize import ALIKE, LABELS, WHERE, mean_and_spread, read_lines, read_scores
+from tools.scores import ALIKE, LABELS, WHERE, mean_and_spread, read_lines, read_scores
 
 
 def main() -> None:
