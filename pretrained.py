@@ -446,7 +446,7 @@ def split_own(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tensor] | None = None) -> ImageEncoder:
     """The encoder of a spec, from --encoder_weights, from `own_tensors`, or from where it came. Raises InputError."""
     saved, pca = split_own(tensors or {})
-    weights = source or saved or spec["weights"]
+    weights = str(source) if source else saved or spec["weights"]
     try:
         encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
     except InputError as error:
@@ -481,13 +481,16 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         weights = read_weights(path)
         try:
             named = {k.replace(PREFIX["unet"], "unet."): v for k, v in weights.items()}
-            model = build(infer_args(weights), named)
+            args, config = infer_args(weights), Path(path, "unet", "config.json")
+            if config.is_file():  # diffusers' is the one place that holds the number of heads
+                args["num_heads"] = json.loads(config.read_text()).get("attention_head_dim", 8)
+            model = build(args, named)
         except InputError:
             raise
         except Exception as error:  # whatever its shapes do to infer_args
             raise InputError(f"--ckpt {path}: neither ours nor zero123's ({one_line(error)})") from None
         load_pretrained(model, weights)
-        encoder = ImageEncoder(CLIP, encoder_weights or str(path), layers=())
+        encoder = ImageEncoder(CLIP, str(encoder_weights or path), layers=())
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)
         meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec_spec(codec)}
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

@@ -585,3 +585,9 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
     assert same(pretrained.read_weights(tmp_path / "hf"), {
         k: v for k, v in pretrained.read_weights(tmp_path / "zero123.ckpt").items() if not k.startswith("cond_stage")
     })  # fmt: skip
+    four = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, num_heads=4, **shape)
+    convert.write_diffusers(tmp_path / "hf", four, vae)  # its config.json holds the heads, the .ckpt would not
+    opened = pretrained.load_checkpoint(tmp_path / "hf", encoder_weights=tmp_path / "zero123.ckpt")[0]
+    assert opened.unet.middle_block[1].transformer_blocks[0].attn1.num_heads == 4
+    with pytest.raises(InputError, match="4 attention heads"):
+        convert.write_ldm(tmp_path / "x.ckpt", four, vae, encoder)
