@@ -225,7 +225,7 @@ def storage_error(image: Tensor, encoder, args, device: torch.device) -> float:
 def bytes_per_view(encoder, codec, args) -> int:
     latent = codec.channels * (args.image_size // codec.factor) ** 2
     patch = encoder.tokens * encoder.feature_dim * {"fp16": 2, "fp8": 1}[args.patch_dtype]
-    return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48
+    return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48 + 48  # pose, crc32
 
 
 def check_space(names: list[str], todo: int, encoder, codec, args) -> float:

@@ -3,8 +3,9 @@
     python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 --res_blocks 1 \
         --attention 1 2 --heads 4 --context_dim 128 --prediction v --t_sampling uniform --steps 100 --batch_size 16 \
         --accumulate 1 --val_every 0 --preview_every 0                                      # a CPU, a minute
-    python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --batch_size 192 --accumulate 8
-    torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full
+    python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile --batch_size 192 \
+        --accumulate 8                                                                      # one GPU
+    torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile
 
 Rerunning a command resumes it. Everything random of a step comes from (seed, step) for the whole global batch, of which
 each process takes its slice: restarts, world size and accumulation change nothing but rounding.
@@ -297,9 +298,6 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
     rows = [list(row) for row in zip(*shown, views, strict=True)]
     sample.save_picture(path, sample.labelled_grid(rows, ["condition", "target", "sample"]))
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
 
 
 # ------------------------------------------------------------------------------------------------------------ main
