@@ -463,7 +463,7 @@ def open_codec(spec: dict, source: str | None = None, hint: str = "") -> nn.Modu
     try:
         codec = load_codec(spec["name"], source, spec["factor"])
     except InputError as error:
-        raise InputError(f"{error}; give the VAE by --vae{hint}") from None
+        raise InputError(f"{error}{'' if spec['name'] == 'pixels' else f'; give the VAE by --vae{hint}'}") from None
     if codec_spec(codec) | {"source": None} != spec | {"source": None}:
         raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec

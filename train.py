@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -346,7 +347,8 @@ def main() -> None:
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
-    facts = {"processes": world, "objects": len(train_set), "frozen": [*encoders, frozen["image_size"]]}
+    objects = f"{len(train_set)} ({zlib.crc32(json.dumps(train_set.names).encode()):08x})"  # how many, and which
+    facts = {"processes": world, "objects": objects, "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
         state, weights = resumed
         changed = durable.match_flags(args, facts, state["args"])
