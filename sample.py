@@ -295,8 +295,9 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
     """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
-    for old in (*folder.glob("[0-9]*.png"), folder / "orbit.gif", folder / "x0.npz"):
-        old.unlink(missing_ok=True)  # an earlier run's, of which there may be more
+    if (folder / "grid.png").exists():  # an earlier run's views, of which there may be more, are not these
+        for old in (*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"):
+            old.unlink(missing_ok=True)
     save_picture(folder / "input.png", to_pil(image))
     for i, view in enumerate(views):
         save_picture(folder / f"{i:03d}.png", to_pil(view))
