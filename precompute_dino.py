@@ -330,6 +330,8 @@ def main() -> None:
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"
+    if not begun and list(Path(args.archive).glob("[0-9]*.safetensors")):
+        raise InputError(f"--archive {args.archive}: shards without their manifest.json; restore it, or delete them")
     if rank == 0 and not begun:
         frozen_file.unlink(missing_ok=True)  # of an attempt with other flags
         encoder, codec = open_frozen(args, device)

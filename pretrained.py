@@ -350,11 +350,21 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
 
 def check_init(model: NovelViewModel, source: str) -> None:
     """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show."""
-    file = find_weights(source) if Path(source).exists() else Path(source)
+    path, config = Path(source), Path(source, "unet", "config.json")
+    file = find_weights(path) if (path / "latest").is_file() or (path / "model.safetensors").exists() else path
     meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
-    for key in ("prediction", "num_heads") if meta else ():
-        if meta["model"].get(key) != model.args[key]:
-            raise InputError(f"--init {source}: its {key} is {meta['model'].get(key)}, here it is {model.args[key]}")
+    theirs = {key: meta["model"].get(key) for key in ("prediction", "num_heads")} if meta else diffusers_heads(config)
+    for key, value in theirs.items():
+        if value != model.args[key]:
+            raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
+
+
+def diffusers_heads(config: Path) -> dict[str, int]:
+    """{"num_heads"} of a diffusers UNet's config.json, the one place that holds it; {} where there is no such file."""
+    try:
+        return {"num_heads": json.loads(config.read_text()).get("attention_head_dim", 8)} if config.is_file() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{config}: not a diffusers configuration ({one_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------ our own checkpoints
@@ -450,7 +460,7 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
     try:
         encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
     except InputError as error:
-        raise InputError(f"{error}; give the encoder's weights by --encoder_weights") from None
+        raise InputError(f"{error}{'' if source else '; give the weights by --encoder_weights'}") from None
     if encoder.spec() | {"weights": spec["weights"]} != {"pca": None} | spec:
         what = f"{source or spec['weights']}: not the {spec['name']}"
         raise InputError(f"--encoder_weights {what} that the model was trained with")
@@ -459,11 +469,11 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
 
 def open_codec(spec: dict, source: str | None = None, hint: str = "") -> nn.Module:
     """The codec of a spec, from --vae or from where it came. Raises InputError, with the hint."""
-    source = source or spec.get("source")
+    given, source = source, source or spec.get("source")
     try:
         codec = load_codec(spec["name"], source, spec["factor"])
     except InputError as error:
-        raise InputError(f"{error}{'' if spec['name'] == 'pixels' else f'; give the VAE by --vae{hint}'}") from None
+        raise InputError(f"{error}{'' if given else f'; give the VAE by --vae{hint}'}") from None
     if codec_spec(codec) | {"source": None} != spec | {"source": None}:
         raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec
@@ -481,10 +491,7 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         weights = read_weights(path)
         try:
             named = {k.replace(PREFIX["unet"], "unet."): v for k, v in weights.items()}
-            args, config = infer_args(weights), Path(path, "unet", "config.json")
-            if config.is_file():  # diffusers' is the one place that holds the number of heads
-                args["num_heads"] = json.loads(config.read_text()).get("attention_head_dim", 8)
-            model = build(args, named)
+            model = build(infer_args(weights) | diffusers_heads(Path(path, "unet", "config.json")), named)
         except InputError:
             raise
         except Exception as error:  # whatever its shapes do to infer_args

@@ -12,6 +12,7 @@ pretrained.py reads.
 """
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -295,10 +296,12 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
 
 def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
     """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
-    if (folder / "grid.png").exists():  # an earlier run's views, of which there may be more, are not these
-        for old in (*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"):
-            old.unlink(missing_ok=True)
+    old = [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
+    ours = (folder / "input.png").exists() and (folder / "grid.png").exists()  # an earlier run's, to be cleared away
     save_picture(folder / "input.png", to_pil(image))
+    for path in old if ours else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
     for i, view in enumerate(views):
         save_picture(folder / f"{i:03d}.png", to_pil(view))
     labels = [f"{a:.0f}" for a in (args.azimuth if len(args.azimuth) == len(views) else range(len(views)))]

@@ -363,7 +363,7 @@ def main() -> None:
         start, seconds = state["step"], state["seconds"]
         if rank == 0:
             durable.point_at(out / f"step_{start:07d}")  # lest it was stopped before
-        skips += state["skips"].to(device)
+        skips += state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)  # it may be lower now
         window += state["window"].to(device) if rank == 0 else 0
         del state, weights, resumed
     if agree(start > 0, world) and world > 1:  # an unreadable file may be so on one node only
@@ -398,6 +398,23 @@ def main() -> None:
         if rank == 0:
             durable.append(log_path, json.dumps(record) + "\n")
 
+    def validate(done: int, seconds: float) -> None:
+        """Held-out loss and preview where they are due after `done` steps and not there yet."""
+        if not len(val_set):
+            return
+        missing = rank == 0 and not durable.logged(log_path, done, "val_loss")
+        if due(done, args.val_every, args) and agree(missing, world):
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
+                raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
+            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
+            record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
+            log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
+        preview = out / "previews" / f"step_{done:07d}.png"
+        if due(done, args.preview_every, args) and rank == 0 and not preview.exists():
+            save_preview(preview, ema, codec, val_set, prepare, args)
+
+    if start:
+        validate(start, seconds)  # which a kill may have cut short
     mark, marked = start, seconds  # step and seconds of the last log line
     clock = time.perf_counter()
     for step in range(start, args.steps):
@@ -438,11 +455,9 @@ def main() -> None:
         skips = torch.stack([in_a_row, skips[1] + overflow])
         stop = agree(bool(caught), world)
         log_due = due(done, args.log_every, args)
-        val_due = due(done, args.val_every, args) and len(val_set)
-        preview_due = due(done, args.preview_every, args) and len(val_set) and not stop
         save_due = due(done, args.save_every, args) or stop
         bar.update()
-        if not (log_due or val_due or preview_due or save_due):
+        if not (log_due or save_due or due(done, args.val_every, args) or due(done, args.preview_every, args)):
             continue
 
         total = window.clone()
@@ -468,21 +483,13 @@ def main() -> None:
             if bad:
                 bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")
         seconds += time.perf_counter() - clock  # what follows is no training time
-        try:
-            if val_due:
-                with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
-                    raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
-                record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
-                record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
-                log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
-            if preview_due and rank == 0:
-                save_preview(out / "previews" / f"step_{done:07d}.png", ema, codec, val_set, prepare, args)
-        finally:  # a held-out image that can't be read takes no training with it
-            if save_due and rank == 0:
-                kept = {"args": vars(args) | facts | {"global_batch": global_batch}, "window": total * (not log_due)}
-                kept |= {"step": done, "seconds": seconds, "skips": skips, "scaler": scaler.state_dict()}
-                kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                durable.save_checkpoint(out, kept, ema, frozen, args)
+        if save_due and rank == 0:  # first: a held-out image that can't be read takes no training with it
+            kept = {"args": vars(args) | facts | {"global_batch": global_batch}, "window": total * (not log_due)}
+            kept |= {"step": done, "seconds": seconds, "skips": skips, "scaler": scaler.state_dict()}
+            kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            durable.save_checkpoint(out, kept, ema, frozen, args)
+        if not stop or done == args.steps:  # else the next start does it
+            validate(done, seconds)
         clock = time.perf_counter()
         if stop and done < args.steps:
             if rank == 0:

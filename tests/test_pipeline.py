@@ -329,6 +329,9 @@ def test_sample_script(run, tree, tmp_path):
     call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "a")
     assert np.abs(np.asarray(Image.open(folders[0] / "000.png"), float) - views[0][0]).max() > 0
     assert {path.name for path in folders[0].iterdir()} == {"000.png", "input.png", "grid.png"}  # nothing of before
+    shutil.copytree(tree / "00011", tmp_path / "e" / "000")
+    call(sample, *flags, "--image", image, "--azimuth", 0, "--out", tmp_path / "e")
+    assert (tmp_path / "e" / "000" / "003.png").exists()  # a folder that is not sample.py's
 
 
 def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_path):
@@ -455,6 +458,10 @@ def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, m
         call(precompute_dino, *new, "--pca", 16)
     monkeypatch.undo()
     call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
+    (tmp_path / "a" / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(InputError, match="shards without their manifest"):
+        call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
+    (tmp_path / "manifest.json").rename(tmp_path / "a" / "manifest.json")
     assert data.read_manifest(tmp_path / "a")["encoder"]["feature_dim"] == 8
 
 
@@ -465,6 +472,13 @@ def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tm
         call(train, "--online", "--data", root, *FROZEN, *TRAIN, "--out", tmp_path / "run", "--steps", 2,
              "--save_every", 2, "--preview_every", 0)  # fmt: skip
     assert (tmp_path / "run" / "step_0000002" / "state.pt").exists()
+    assert not any("val_loss" in line for line in log_lines(tmp_path / "run"))
+    for path in (root / "00011").glob("*.png"):
+        shutil.copy(tree / "00011" / path.name, path)
+    call(train, "--online", "--data", root, *FROZEN, *TRAIN, "--out", tmp_path / "run", "--steps", 2,
+         "--save_every", 2, "--preview_every", 2)  # fmt: skip
+    assert ["val_loss" in line for line in log_lines(tmp_path / "run")] == [False, False, True]
+    assert (tmp_path / "run" / "previews" / "step_0000002.png").exists()
 
 
 def test_without_amalgamation_no_patch_feature_is_read(archive):

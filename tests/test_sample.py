@@ -138,7 +138,8 @@ def test_consistency_script(run, tmp_path, capsys):
     Image.open(tmp_path / "grid.png").verify()
     (tmp_path / "orbit" / "00001" / "002_depth.npy").unlink()
     with pytest.raises(InputError, match="002_depth.npy"):
-        call(consistency, "--ckpt", run, "--data", tmp_path / "orbit", "--device", "cpu")
+        call(consistency, "--ckpt", run, "--data", tmp_path / "orbit", "--device", "cpu", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_background_is_removed_by_rembg(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ SIZE=${SIZE:---width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --head
 COMMON="--archive $OUT/archive $SIZE --prediction v --batch_size $BATCH --accumulate 1 --precision fp32 --log_every 25
     --val_every 100 --val_pairs 64 --preview_every 0 --save_every 100 --keep 1 --device $DEVICE --workers $WORKERS"
 
-test -e "$OUT/data/valid_paths.json" || { rm -rf "$OUT/data" && $PYTHON data.py shapes --out "$OUT/data" --objects "$OBJECTS" --views 12 --size 64; }
+test -e "$OUT/data" || { rm -rf "$OUT/data.part" && mkdir -p "$OUT" &&
+    $PYTHON data.py shapes --out "$OUT/data.part" --objects "$OBJECTS" --views 12 --size 64 && mv "$OUT/data.part" "$OUT/data"; }
 $PYTHON precompute_dino.py --data "$OUT/data" --archive "$OUT/archive" --codec pixels --image_size 64 --val_fraction 0.0625 \
     --encoder vit_tiny_patch16_224 --weights random --layers 3 7 11 --encoder_size 64 --precision fp32 --workers "$WORKERS"
 $PYTHON train.py $COMMON --out "$OUT/pretrained" --unconditional --no-amalgamate --t_sampling uniform --steps "$PRETRAIN" \

@@ -26,7 +26,7 @@ from data import TAN_HALF_FOV
 from evaluate import psnr
 from precompute_dino import set_up
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
-from tools.durable import write_atomically
+from tools.durable import check_writable, write_atomically
 from tools.scores import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
@@ -101,7 +101,7 @@ def main() -> None:
         raise InputError(f"--seeds {min(args.seeds)}: must not be negative")
     sample.ddim_timesteps(args.steps)  # raises InputError
     out = Path(args.out)
-    write_atomically(out, lambda path: path.write_bytes(out.read_bytes() if out.exists() else b""))  # or fail now
+    check_writable(out)
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     names = data.list_objects(args.data)[: args.objects]

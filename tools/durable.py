@@ -1,4 +1,4 @@
-"""Nothing lost: files that appear whole or not at all, checkpoints, signals. Everything is written by it.
+"""Nothing lost: files that appear whole or not at all, checkpoints, signals.
 
 tests/test_faults.py pulls the plug on all of it; the README's reliability section says what is promised.
 """
@@ -50,6 +50,14 @@ def write_atomically(path: Path, write) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError now rather than after hours, where a file can't be written; what it holds stays."""
+    there = path.exists()
+    write_atomically(path, lambda temporary: temporary.write_bytes(path.read_bytes() if there else b""))
+    if not there:
+        path.unlink()
 
 
 def append(path: Path, text: str) -> None:
@@ -166,6 +174,12 @@ def match_flags(args, facts: dict, saved: dict) -> list[str]:
     if "init" in changed:
         changed["init"] = (changed["init"][0], f"{args.init}, not read: the checkpoint's weights go on")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def logged(path: Path, step: int, key: str) -> bool:
+    """Whether a log has a line of this step with this key."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(line["step"] == step and key in line for line in map(json.loads, lines))
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -241,11 +241,13 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     if (path / "latest").is_file():  # a run of ours
         path = find_weights(path)
     if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        stems = [f"{part}/{'*' if part == 'image_encoder' else 'diffusion_pytorch_'}model" for part in parts]
-        stems += ["diffusion_pytorch_model"] * ("vae" in parts)  # a repository of a VAE alone
-        for suffix in ("safetensors", "bin"):
+        wanted = list(parts)
+        for suffix in ("safetensors", "bin"):  # the latter for what there is no other of
+            stems = [f"{part}/{'*' if part == 'image_encoder' else 'diffusion_pytorch_'}model" for part in wanted]
+            stems += ["diffusion_pytorch_model"] * ("vae" in wanted)  # a repository of a VAE alone
             path = from_hub(str(source), [f"{stem}.{suffix}" for stem in stems], "its path")
-            if any(path.rglob(f"*.{suffix}")):
+            wanted = [part for part in wanted if not any((path / part).glob(f"*.{suffix}"))]
+            if not wanted or any(path.glob(f"*.{suffix}")):
                 break
     tensors = {} if path.is_dir() else to_ldm(read_tensors(path))
     for folder in ("", *parts) if path.is_dir() else ():

@@ -20,7 +20,7 @@ import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
 from precompute_dino import set_up
 from tools.cli import HelpFormatter, require_positive, run_script
-from tools.durable import write_atomically
+from tools.durable import check_writable, write_atomically
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
 CONVERGED = 200
@@ -42,7 +42,7 @@ def main() -> None:
     args.steps, log = sorted(set(args.steps)), Path(f"{args.out}.jsonl")
     for steps in args.steps:
         sample.ddim_timesteps(steps)  # raises InputError
-    write_atomically(log, lambda path: path.write_bytes(log.read_bytes() if log.exists() else b""))  # or fail now
+    check_writable(log)
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
