@@ -399,7 +399,7 @@ def main() -> None:
             durable.append(log_path, json.dumps(record) + "\n")
 
     def validate(done: int, seconds: float) -> None:
-        """Held-out loss and preview where they are due after `done` steps and not there yet."""
+        """Held-out loss and preview where they are due after `done` steps; on resuming, if they are not there."""
         if not len(val_set):
             return
         missing = rank == 0 and not durable.logged(log_path, done, "val_loss")
@@ -410,7 +410,7 @@ def main() -> None:
             record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
             log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
         preview = out / "previews" / f"step_{done:07d}.png"
-        if due(done, args.preview_every, args) and rank == 0 and not preview.exists():
+        if due(done, args.preview_every, args) and rank == 0 and not (done == start and preview.exists()):
             save_preview(preview, ema, codec, val_set, prepare, args)
 
     if start:
