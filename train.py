@@ -12,10 +12,10 @@ each process takes its slice: restarts, world size and accumulation change nothi
 """
 
 import argparse
+import atexit
 import copy
 import json
 import math
-import multiprocessing
 import os
 import resource
 import signal
@@ -385,6 +385,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, durable.SIGNALS)
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, durable.SIGNALS)
+    atexit.register(durable.kill_workers)
     log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
     if rank == 0:
@@ -497,9 +498,6 @@ def main() -> None:
                 bar.write(f"stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()
-    del batches  # its idle workers end
-    for worker in multiprocessing.active_children():
-        worker.kill()  # others block SIGTERM, and what they still read is not wanted
     if rank == 0:
         print(f"{out}: {done if start < args.steps else start} steps in {seconds:.0f} s of training")
     if world > 1:

@@ -378,6 +378,22 @@ def test_signals_and_a_killed_worker(small, tmp_path):
     assert newest(tmp_path / "twice") == newest(tmp_path / "worker") == 4
 
 
+@pytest.mark.parametrize("error", ["ZeroDivisionError", "InputError"])
+def test_whatever_ends_training_its_workers_end_too(archive, tmp_path, error):
+    """Else Python would wait for them before it exits, and torchrun for the rank."""
+    code = f"""if True:
+        import sys, train
+        from tools.cli import InputError, run_script
+        def fail(step, args):
+            raise {error}("no foreseen one" if step else "")
+        train.learning_rate = fail
+        run_script(train.main)"""
+    flags = ["--archive", archive, "--out", tmp_path / "run", *TRAIN, "--batch_size", 2, "--workers", 2]
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == (error != "InputError"), done.stderr
+
+
 def test_two_jobs_on_one_folder(small, tree, at4, tmp_path):
     """The second one refuses and changes nothing."""
     shutil.copytree(small / "archive", tmp_path / "archive")

@@ -6,6 +6,7 @@ tests/test_faults.py pulls the plug on all of it; the README's reliability secti
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -199,6 +200,13 @@ def trim_log(path: Path, step: int) -> None:
 # ----------------------------------------------------------------------------------------------------------- signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def kill_workers() -> None:
+    """At exit, for whatever reason: Python would wait for ever for data workers that block SIGNALS."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def catch_signals() -> list[int]:
