@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -21,11 +22,13 @@ def run_script(main):
         message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
         end_bars()
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        end_bars()
-        sys.exit(f"error: {str(error).splitlines()[0]}; was it killed, for want of memory say? Rerun to go on")
+        end_bars()  # what a dead worker had still to hand over is a connection error
+        what = str(error).splitlines()[0] if isinstance(error, RuntimeError) else f"DataLoader worker died ({error!r})"
+        sys.exit(f"error: {what}; was it killed, for want of memory say? Rerun to go on")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
