@@ -281,15 +281,16 @@ def read_manifest(root: str) -> dict:
         raise InputError(f"{path}: archive format {version}, this code reads {ARCHIVE_FORMAT}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: malformed metadata, objects")
-    if manifest.pop("crc32", crc := json_checksum(manifest)) != crc:
+    crc = json_checksum({key: value for key, value in manifest.items() if key != "crc32"})
+    if manifest.pop("crc32", crc) != crc:
         raise InputError(f"{path}: damaged, its checksum does not match (edited by hand? then take crc32 out)")
     check_specs(path, manifest)
     return manifest
 
 
-def json_checksum(value: dict) -> int:
-    """CRC-32 of what json makes of a manifest without its "crc32"."""
-    return zlib.crc32(json.dumps({key: each for key, each in value.items() if key != "crc32"}).encode())
+def json_checksum(value) -> int:
+    """CRC-32 of what json makes of a value."""
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def checksum(key: str, tensor: torch.Tensor) -> int:
@@ -356,8 +357,8 @@ class Archive(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def shard(self, shard: int) -> dict[str, torch.Tensor]:
-        """A shard's tensors, memory-mapped: what is not touched is not read."""
+    def map(self, shard: int) -> None:
+        """Memory-map a shard's tensors, if they are not yet: what is not touched is not read. Raises InputError."""
         path = shard_path(self.root, shard)
         try:
             size = path.stat().st_size
@@ -367,10 +368,9 @@ class Archive(torch.utils.data.Dataset):
                 self.maps[shard] = size, tensors | {"crc32": tensors["crc32"].numpy()}  # whose elements come cheaper
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
-        opened_size, tensors = self.maps[shard]
+        opened_size = self.maps[shard][0]
         if size != opened_size:  # to read a memory map beyond its file's end would kill the process
             raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
-        return tensors
 
     def read(self, shard: int, key: str, row: int) -> torch.Tensor:
         """A row of a shard that is mapped. Raises InputError where its checksum does not match."""
@@ -384,7 +384,7 @@ class Archive(torch.utils.data.Dataset):
     def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Rows of one view of object `index`, each without its batch axis."""
         shard, start, _ = self.rows[index].tolist()
-        self.shard(shard)
+        self.map(shard)
         return {key: self.read(shard, key, start + view) for key in keys}
 
     def image(self, index: int, view: int) -> torch.Tensor:
@@ -400,7 +400,7 @@ class Archive(torch.utils.data.Dataset):
         draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
         places = [self.rows[index, :2].tolist() for index, _, _ in draws]
         for shard in {shard for shard, _ in places}:  # their sizes are looked at once a batch
-            self.shard(shard)
+            self.map(shard)
 
         def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
             both = zip(places, draws, strict=True)

@@ -228,8 +228,8 @@ def bytes_per_view(encoder, codec, args) -> int:
     return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48 + 48  # pose, crc32
 
 
-def check_space(names: list[str], todo: int, encoder, codec, args) -> float:
-    """Print what the archive will take, refuse when the disk lacks it; returns the first objects' views an object."""
+def check_space(names: list[str], todo: int, encoder, codec, args) -> None:
+    """Print what the archive will take, by the first objects' views; raises InputError when the disk lacks it."""
     sample = names[:256]
     views = sum(len(find_views(name, args, [])) for name in sample) / len(sample)
     need = todo * views * bytes_per_view(encoder, codec, args)
@@ -240,7 +240,6 @@ def check_space(names: list[str], todo: int, encoder, codec, args) -> float:
     )
     if need > free:
         raise InputError(f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
-    return views
 
 
 FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor", "image_size", "val_fraction")
@@ -334,6 +333,7 @@ def main() -> None:
         raise InputError(f"--archive {args.archive}: shards without their manifest.json; restore it, or delete them")
     if rank == 0 and not begun:
         frozen_file.unlink(missing_ok=True)  # of an attempt with other flags
+    if rank == 0 and not begun and (args.weights == "random" or args.pca):
         encoder, codec = open_frozen(args, device)
         pca = None
         if args.pca:
@@ -341,8 +341,8 @@ def main() -> None:
                 raise InputError(f"--pca {args.pca}: the layers have {encoder.feature_dim} channels")
             picked = np.random.default_rng(0).permutation(len(train))[: args.pca_objects]
             pca = fit_pca(load_views({0: [train[i] for i in picked]}, args, []), encoder, codec, args, device)
-        if tensors := pretrained.own_tensors(encoder, pca):
-            write_atomically(frozen_file, lambda path: save_file(tensors, path))
+        tensors = pretrained.own_tensors(encoder, pca)
+        write_atomically(frozen_file, lambda path: save_file(tensors, path))
     if world > 1:
         dist.barrier()
     encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})

@@ -182,6 +182,7 @@ def add_sampler_flags(group) -> None:
 def check_sampler_flags(args: argparse.Namespace) -> None:
     """Raises InputError naming the flag."""
     require_positive(args, "batch_size", "steps")
+    ddim_timesteps(args.steps)
     if not (0 <= args.eta <= 1 and math.isfinite(args.scale)):
         raise InputError(f"--eta {args.eta} --scale {args.scale}: eta is 0 to 1, scale a number")
 

@@ -20,7 +20,6 @@ import os
 import resource
 import signal
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -347,7 +346,7 @@ def main() -> None:
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
-    objects = f"{len(train_set)} ({zlib.crc32(json.dumps(train_set.names).encode()):08x})"  # how many, and which
+    objects = f"{len(train_set)} ({data.json_checksum(train_set.names):08x})"  # how many, and which
     facts = {"processes": world, "objects": objects, "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
         state, weights = resumed
@@ -403,15 +402,16 @@ def main() -> None:
         """Held-out loss and preview where they are due after `done` steps; on resuming, if they are not there."""
         if not len(val_set):
             return
-        missing = rank == 0 and not durable.logged(log_path, done, "val_loss")
-        if due(done, args.val_every, args) and agree(missing, world):
+        resuming = done == start
+        logged = resuming and agree(rank == 0 and durable.logged(log_path, done, "val_loss"), world)
+        if due(done, args.val_every, args) and not logged:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
                 raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
             record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
             record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
             log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
         preview = out / "previews" / f"step_{done:07d}.png"
-        if due(done, args.preview_every, args) and rank == 0 and not (done == start and preview.exists()):
+        if due(done, args.preview_every, args) and rank == 0 and not (resuming and preview.exists()):
             save_preview(preview, ema, codec, val_set, prepare, args)
 
     if start:

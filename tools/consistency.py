@@ -99,7 +99,6 @@ def main() -> None:
     sample.check_sampler_flags(args)
     if min(args.seeds) < 0:
         raise InputError(f"--seeds {min(args.seeds)}: must not be negative")
-    sample.ddim_timesteps(args.steps)  # raises InputError
     out = Path(args.out)
     check_writable(out)
     device, _, _ = set_up(args)

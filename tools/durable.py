@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 import pretrained
 from model import NovelViewModel
 from tools.cli import InputError
+from tools.scores import read_lines
 
 # ------------------------------------------------------------------------------------------------------------- files
 
@@ -179,8 +180,7 @@ def match_flags(args, facts: dict, saved: dict) -> list[str]:
 
 def logged(path: Path, step: int, key: str) -> bool:
     """Whether a log has a line of this step with this key."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(line["step"] == step and key in line for line in map(json.loads, lines))
+    return path.exists() and any(line["step"] == step and key in line for line in read_lines(path))
 
 
 def trim_log(path: Path, step: int) -> None:
