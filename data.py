@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -27,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from tools.cli import InputError, check_specs, run_script
+from tools.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_path
+from tools.cli import InputError, run_script
 
 TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm: 49.134 degrees
 MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
@@ -261,58 +261,7 @@ class ImagePairs(torch.utils.data.Dataset):
 
 # ---- the archive -----------------------------------------------------------------------------------------------------
 
-ARCHIVE_FORMAT = 2
 SHARD_OBJECTS = 256
-TABLES = ("view_offset", "crc32")  # objects' first rows, and a checksum of each row by the ROW_KEYS
-ROW_KEYS = ("latent_mean", "latent_logvar", "cls", "patch", "alpha", "pose")
-
-
-def read_manifest(root: str) -> dict:
-    """ARCHIVE/manifest.json, checked. Raises InputError naming the file."""
-    path = Path(root) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        version, names = manifest["format"], manifest["objects"]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is --archive a folder that precompute_dino.py wrote?") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not an archive's manifest ({type(error).__name__}: {error})") from None
-    if version != ARCHIVE_FORMAT:
-        raise InputError(f"{path}: archive format {version}, this code reads {ARCHIVE_FORMAT}")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: malformed metadata, objects")
-    crc = json_checksum({key: value for key, value in manifest.items() if key != "crc32"})
-    if manifest.pop("crc32", crc) != crc:
-        raise InputError(f"{path}: damaged, its checksum does not match (edited by hand? then take crc32 out)")
-    check_specs(path, manifest)
-    return manifest
-
-
-def json_checksum(value) -> int:
-    """CRC-32 of what json makes of a value."""
-    return zlib.crc32(json.dumps(value).encode())
-
-
-def checksum(key: str, tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor, with its name and type: safetensors has none."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode()))
-
-
-def shard_path(root: str, shard: int) -> Path:
-    return Path(root) / f"{shard:05d}.safetensors"
-
-
-def open_shard(path: Path):
-    """A memory-mapped shard. Raises InputError naming the file when it is truncated, damaged or not a shard."""
-    try:
-        handle = safe_open(path, framework="pt")
-        if missing := {"view_offset", "crc32", *ROW_KEYS} - {"patch"} - set(handle.keys()):
-            raise InputError(f"{path}: not an archive shard (no {', '.join(sorted(missing))})")
-        if (handle.metadata() or {}).get("crc32") != str([checksum(k, handle.get_tensor(k)) for k in TABLES]):
-            raise SafetensorError("its checksum does not match")
-        return handle
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: unreadable shard ({error}); delete it and rerun precompute_dino.py") from None
 
 
 class Archive(torch.utils.data.Dataset):

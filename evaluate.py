@@ -26,6 +26,8 @@ import data
 import pretrained
 import sample
 from precompute_dino import set_up
+from tools import pictures
+from tools.checkpoints import tensor_hash
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import write_atomically
 
@@ -179,7 +181,7 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     common |= {"lpips_net": args.lpips if "lpips" in metrics else None, "mse_range": [-1, 1], "ssim_window": 11}
     own = common | sample.sampler_flags(args) | {"seed": args.seed, "samples": args.samples, "ema": True}
     own |= {"checkpoint": path, "step": meta.get("step"), "seconds": meta.get("seconds"), "run_args": meta.get("args")}
-    own |= {"weights_sha256": pretrained.tensor_hash(model.state_dict())}
+    own |= {"weights_sha256": tensor_hash(model.state_dict())}
     rows = baselines(args.data, fraction, size)  # here, lest an error come after hours of sampling
     others = shuffled(pairs, args.seed) if args.shuffled else None
     predict = partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)
@@ -194,8 +196,8 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     if args.grid and args.rank == 0:
         batch = load_pairs(pairs[:: max(1, len(pairs) // 8)][:8], size)
         images = [*zip(batch["cond"], batch["target"], next(predict(batch)), strict=True)]
-        grid = sample.labelled_grid(images, ["condition", "target", "sample"], scale=max(1, 128 // size))
-        sample.save_picture(Path(args.grid), grid)
+        grid = pictures.labelled_grid(images, ["condition", "target", "sample"], scale=max(1, 128 // size))
+        pictures.save_picture(Path(args.grid), grid)
     return lines
 
 

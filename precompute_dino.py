@@ -16,12 +16,10 @@ each row); view_offset (objects+1,) int64. A shard appears whole or not at all; 
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +32,7 @@ from tqdm import tqdm
 
 import data
 import pretrained
+from tools.archives import ARCHIVE_FORMAT, check_manifest, save_manifest, save_shard, shard_path
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import lock, write_atomically
 
@@ -246,23 +245,6 @@ FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor
 FLAGS += ("patch_dtype", "pca", "precision")
 
 
-def check_manifest(args, manifest: dict) -> bool:
-    """Whether the archive was begun before. Raises InputError naming the flag by which it differs from `manifest`."""
-    path = Path(args.archive) / "manifest.json"
-    if not path.exists():
-        return False
-    there = data.read_manifest(args.archive)
-    for flag, value in manifest["flags"].items():
-        if there.get("flags", {}).get(flag) != value:
-            raise InputError(f"--{flag} {value}: {path} says {there.get('flags', {}).get(flag)}")
-    if there["objects"] != manifest["objects"]:
-        raise InputError(f"--data {args.data}: its objects are not the {len(there['objects'])} that {path} lists")
-    for key, flag in (("encoder", "--weights"), ("codec", "--vae")):
-        if key in manifest and there[key]["sha256"] != manifest[key]["sha256"]:
-            raise InputError(f"{flag}: not the weights that {path} was written with (sha256 differs)")
-    return True
-
-
 def write_archive(members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar) -> list[str]:
     """Write the shards (shard -> names of its objects); returns messages of what was skipped."""
     bad, written = [], Future()
@@ -281,19 +263,9 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
             counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
             tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
             written.result()
-            written = writer.submit(save_shard, data.shard_path(args.archive, shard), tensors)
+            written = writer.submit(save_shard, shard_path(args.archive, shard), tensors)
         written.result()
     return bad
-
-
-def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A shard with its checksums."""
-    tensors["crc32"] = torch.zeros(len(tensors["pose"]), len(data.ROW_KEYS), dtype=torch.int64)
-    for column, key in enumerate(data.ROW_KEYS):
-        if key in tensors:
-            tensors["crc32"][:, column] = torch.tensor([data.checksum(key, row) for row in tensors[key]])
-    meta = {"crc32": str([data.checksum(key, tensors[key]) for key in data.TABLES])}
-    write_atomically(path, partial(save_file, tensors, metadata=meta))
 
 
 def main() -> None:
@@ -319,13 +291,13 @@ def main() -> None:
     names = data.list_objects(args.data)
     train = data.split_objects(names, args.val_fraction, "train")
     held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (closing it would let go)
-    manifest = {"format": data.ARCHIVE_FORMAT, "flags": {flag: vars(args)[flag] for flag in FLAGS}}
+    manifest = {"format": ARCHIVE_FORMAT, "flags": {flag: vars(args)[flag] for flag in FLAGS}}
     manifest |= {"image_size": args.image_size, "val_fraction": args.val_fraction, "objects": names}
     begun = check_manifest(args, manifest)
 
     members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
                for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
-    members = {s: shard for s, shard in members.items() if not data.shard_path(args.archive, s).exists()}
+    members = {s: shard for s, shard in members.items() if not shard_path(args.archive, s).exists()}
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"
@@ -350,8 +322,7 @@ def main() -> None:
         check_space(names, sum(map(len, members.values())), encoder, codec, args)
         manifest |= {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec)}
         if not check_manifest(args, manifest):
-            text = json.dumps(manifest | {"crc32": data.json_checksum(manifest)}, indent=1)
-            write_atomically(Path(args.archive) / "manifest.json", lambda path: path.write_text(text))
+            save_manifest(args.archive, manifest)
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
             for batch in itertools.islice(load_views({0: (train or names)[:8]}, args, []), 1):
                 error = storage_error(batch["image"], encoder, args, device)

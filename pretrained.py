@@ -4,22 +4,19 @@ Foreign weights are read into LDM's names, those of Stable Diffusion 1.x and zer
 `first_stage_model.*`, `cc_projection.*`, `cond_stage_model.*`. B batch, C latent channels, T patch tokens, D width.
 """
 
-import hashlib
-import json
 import re
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from model import NovelViewModel
-from tools.cli import InputError, check_specs
+from tools.checkpoints import build, diffusers_heads, read_model, tensor_hash
+from tools.cli import InputError
 from tools.formats import (
     PREFIX,
     clip_to_timm,
@@ -34,16 +31,6 @@ from tools.formats import (
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
-
-
-def tensor_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes in the order of the names: the same in every container."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
@@ -346,98 +333,6 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     for what, names in (("missing, left as initialised", missing), ("left over, unused", left)):
         if names:
             print(f"init: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-
-
-def check_init(model: NovelViewModel, source: str) -> None:
-    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show."""
-    path, config = Path(source), Path(source, "unet", "config.json")
-    file = find_weights(path) if (path / "latest").is_file() or (path / "model.safetensors").exists() else path
-    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
-    theirs = {key: meta["model"].get(key) for key in ("prediction", "num_heads")} if meta else diffusers_heads(config)
-    for key, value in theirs.items():
-        if value != model.args[key]:
-            raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
-
-
-def diffusers_heads(config: Path) -> dict[str, int]:
-    """{"num_heads"} of a diffusers UNet's config.json, the one place that holds it; {} where there is no such file."""
-    try:
-        return {"num_heads": json.loads(config.read_text()).get("attention_head_dim", 8)} if config.is_file() else {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{config}: not a diffusers configuration ({one_line(error)})") from None
-
-
-# ------------------------------------------------------------------------------------------------ our own checkpoints
-
-CHECKPOINT_FORMAT = 1
-
-
-def save_model(path: Path, model: NovelViewModel, meta: dict, tensors: dict[str, Tensor]) -> None:
-    """model.safetensors: the model's weights in float32, what rebuilds it as metadata, and `tensors` of the encoder.
-
-    meta: "encoder" and "codec" specs, "image_size", "val_fraction", "step", "args" of training, ...
-    """
-    tensors = {name: value.float().contiguous() for name, value in model.state_dict().items()} | tensors
-    meta = {"format": CHECKPOINT_FORMAT, "model": model.args} | meta
-    meta |= {"sha256": checksum(meta, tensors)}
-    save_file(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
-
-
-def checksum(meta: dict, tensors: dict[str, Tensor]) -> str:
-    """Of all that model.safetensors holds: safetensors has none of its own."""
-    return hashlib.sha256((json.dumps(meta) + tensor_hash(tensors)).encode()).hexdigest()
-
-
-def read_meta(path: Path) -> dict | None:
-    """The metadata that `save_model` wrote, checked; None where the file is another program's. Raises InputError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("efficient_3dim")
-        meta = json.loads(text) if text else None
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a safetensors file ({one_line(error)})") from None
-    if meta is None:
-        return None
-    if not isinstance(meta, dict) or meta.get("format") != CHECKPOINT_FORMAT:
-        form = meta.get("format") if isinstance(meta, dict) else "unknown"
-        raise InputError(f"{path}: checkpoint format {form}, this code reads {CHECKPOINT_FORMAT}")
-    if not isinstance(meta.get("model"), dict):
-        raise InputError(f"{path}: malformed metadata, model")
-    check_specs(path, meta)
-    return meta
-
-
-def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
-    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
-
-    Raises InputError where it is damaged, or its parts don't fit together.
-    """
-    if (meta := read_meta(path)) is None:
-        return None
-    tensors = read_tensors(path)
-    digest = checksum({key: value for key, value in meta.items() if key != "sha256"}, tensors)
-    if meta.get("sha256", digest) != digest:
-        raise InputError(f"{path}: damaged, its checksum does not match")
-    try:
-        side, tokens = meta["image_size"] // meta["codec"]["factor"], meta["encoder"]["tokens"]
-        if (meta["model"]["latent_size"], meta["model"]["feature_tokens"]) != (side, tokens):
-            raise ValueError("latent_size or feature_tokens is not the codec's or encoder's")
-        model = build(meta["model"], tensors)
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    except Exception as error:  # the arguments may be anything
-        raise InputError(f"{path}: its weights do not fit its metadata ({one_line(error)})") from None
-    return meta, tensors, model
-
-
-def build(args: dict, tensors: dict[str, Tensor]) -> NovelViewModel:
-    """The model of these arguments, allocated once they turn out to ask for the sizes of the tensors given for it."""
-    if len(args["channel_mult"]) > 16 or args["num_res_blocks"] > 64:
-        raise ValueError("absurd sizes")
-    with torch.device("meta"):
-        sizes = {name: value.numel() for name, value in NovelViewModel(**args).state_dict().items()}
-    if wrong := [name for name, size in sizes.items() if name in tensors and tensors[name].numel() != size]:
-        raise ValueError(f"{len(wrong)} tensors are of another shape, {wrong[0]} for one")
-    return NovelViewModel(**args)
 
 
 def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ pretrained.py reads.
 """
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import pretrained
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from precompute_dino import autocast, encode, set_up
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
-from tools.durable import write_atomically
-from tools.pictures import labelled_grid, load_photo, save_picture, to_pil
+from tools.pictures import list_photos, load_photo, write_views
 
 # ------------------------------------------------------------------------------------------------------------- DDIM
 
@@ -236,41 +233,22 @@ def main() -> None:
     with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
         for path, image in zip(paths, images, strict=True):
             bar.set_description(path.name)
-            folder, trajectory = Path(args.out) / path.stem, []
+            trajectory: dict[int, list[Tensor]] = {}  # timestep: the predicted x0, batch by batch
 
             def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
                 bar.update()
                 if i in saved_steps(args.steps, args.save_x0):
-                    trajectory.append(decode(x0, codec).cpu())
+                    trajectory.setdefault(ddim_timesteps(args.steps)[i], []).append(decode(x0, codec).cpu())
 
             views = sample_views(image, poses, model, encoder, codec, args, on_step)
-            write_views(folder, image, views, trajectory, args)
+            labels = args.azimuth if len(args.azimuth) == len(views) else range(len(views))
+            write_views(Path(args.out) / path.stem, image, views, [f"{label:.0f}" for label in labels], trajectory)
     print(f"{len(paths) * len(poses)} view(s) in {args.out}/" + (f"{paths[0].stem}/" if len(paths) == 1 else ""))
-
-
-def list_photos(path: str) -> list[Path]:
-    """The image, or a folder's images by name. Raises InputError naming --image."""
-    source = Path(path)
-    if not source.exists():
-        raise InputError(f"--image {path}: no such file or folder")
-    photos = [source]
-    if source.is_dir():
-        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in data.IMAGE_EXTENSIONS and p.is_file())
-    if not photos:
-        raise InputError(f"--image {path}: no {', '.join(data.IMAGE_EXTENSIONS)} in it")
-    if len({photo.stem for photo in photos}) < len(photos):
-        raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
-    return photos
 
 
 def saved_steps(steps: int, n: int) -> list[int]:
     """Which of the DDIM steps' predicted x0 are saved: n of them, evenly, the first and the last included."""
     return sorted({round(i) for i in np.linspace(0, steps - 1, n)})
-
-
-def save_npz(path: Path, **arrays) -> None:
-    with open(path, "wb") as file:  # np.savez given a path would add a suffix to it
-        np.savez_compressed(file, **arrays)
 
 
 def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_step=None) -> Tensor:
@@ -293,28 +271,6 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
         if stochastic:
             seen.append((condition_on(views[-1], encoder, codec), target[0]))
     return torch.cat(views).cpu()
-
-
-def write_views(folder: Path, image: Tensor, views: Tensor, trajectory: list[Tensor], args) -> None:
-    """input.png, %03d.png, grid.png, orbit.gif and, with --save_x0, x0.npz, which `visualize.py trajectory` draws."""
-    old = [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
-    ours = (folder / "input.png").exists() and (folder / "grid.png").exists()  # an earlier run's, to be cleared away
-    save_picture(folder / "input.png", to_pil(image))
-    for path in old if ours else ():
-        with contextlib.suppress(OSError):
-            path.unlink()
-    for i, view in enumerate(views):
-        save_picture(folder / f"{i:03d}.png", to_pil(view))
-    labels = [f"{a:.0f}" for a in (args.azimuth if len(args.azimuth) == len(views) else range(len(views)))]
-    save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
-    if len(views) > 1:
-        first, *rest = (to_pil(view) for view in views)
-        save_picture(folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0)
-    if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,), noisiest first
-        t = [ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)]
-        steps = [torch.cat(trajectory[i :: len(t)]) for i in range(len(t))]  # they came batch by batch
-        x0 = [[np.asarray(to_pil(view)) for view in step] for step in steps]
-        write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=t))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ import pretrained
 import sample
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from precompute_dino import add_encoder_flags, autocast, open_frozen, set_up
-from tools import durable
+from tools import checkpoints, durable, pictures
+from tools.archives import json_checksum
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 
 BINS = 10  # of the loss by timestep
@@ -194,7 +195,7 @@ def agree(flag: bool, world: int) -> bool:
 def open_data(args, device: torch.device):
     """(training set, held-out set, prepare, frozen): `prepare` turns a set's batch into what the model takes.
 
-    frozen: the specs of encoder and codec and what a checkpoint keeps of them; see pretrained.save_model.
+    frozen: the specs of encoder and codec and what a checkpoint keeps of them; see checkpoints.save_model.
     """
     if not args.archive:
         encoder, codec = open_frozen(args, device)
@@ -297,7 +298,7 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
     views = sample.decode(sample.ddim(model, [condition], generators, scale=scale, precision=args.precision), codec)
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
     rows = [list(row) for row in zip(*shown, views, strict=True)]
-    sample.save_picture(path, sample.labelled_grid(rows, ["condition", "target", "sample"]))
+    pictures.save_picture(path, pictures.labelled_grid(rows, ["condition", "target", "sample"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -321,9 +322,9 @@ def main() -> None:
     example = prepare(train_set[[0]])
     latent_shape = example[0].shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
-    resumed = durable.newest_checkpoint(out)
+    resumed = checkpoints.newest_checkpoint(out)
     if args.init and not resumed:
-        pretrained.check_init(model, args.init)
+        checkpoints.check_init(model, args.init)
         pretrained.load_pretrained(model, pretrained.read_weights(args.init, ("unet", "cc_projection")))
     codec = None
     if rank == 0 and args.preview_every and len(val_set):
@@ -346,11 +347,11 @@ def main() -> None:
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
-    objects = f"{len(train_set)} ({data.json_checksum(train_set.names):08x})"  # how many, and which
+    objects = f"{len(train_set)} ({json_checksum(train_set.names):08x})"  # how many, and which
     facts = {"processes": world, "objects": objects, "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
         state, weights = resumed
-        changed = durable.match_flags(args, facts, state["args"])
+        changed = checkpoints.match_flags(args, facts, state["args"])
         if changed and rank == 0:
             print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
         model.load_state_dict(state["model"])
@@ -361,7 +362,7 @@ def main() -> None:
             scaler.load_state_dict(state["scaler"])
         start, seconds = state["step"], state["seconds"]
         if rank == 0:
-            durable.point_at(out / f"step_{start:07d}")  # lest it was stopped before
+            checkpoints.point_at(out / f"step_{start:07d}")  # lest it was stopped before
         skips += state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)  # it may be lower now
         window += state["window"].to(device) if rank == 0 else 0
         del state, weights, resumed
@@ -488,7 +489,7 @@ def main() -> None:
             kept = {"args": vars(args) | facts | {"global_batch": global_batch}, "window": total * (not log_due)}
             kept |= {"step": done, "seconds": seconds, "skips": skips, "scaler": scaler.state_dict()}
             kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            durable.save_checkpoint(out, kept, ema, frozen, args)
+            checkpoints.save_checkpoint(out, kept, ema, frozen, args)
         if not stop or done == args.steps:  # else the next start does it
             validate(done, seconds)
         clock = time.perf_counter()

@@ -21,9 +21,10 @@ from torch import Tensor
 import data
 import pretrained
 from model import TIMESTEPS, sample_timesteps, timestep_density
-from sample import seeded, to_pil
+from sample import seeded
 from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
+from tools.pictures import to_pil
 from tools.scores import ALIKE, LABELS, SWEPT, WHERE, mean_and_spread, read_lines, read_scores
 
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])

@@ -19,6 +19,7 @@ import pretrained
 import sample
 import train
 from model import noise_schedule
+from tools import archives, pictures
 from tools.cli import InputError
 from tools.shapes import look_at
 
@@ -41,7 +42,7 @@ def log_lines(run):
 
 
 def test_archive_holds_what_the_encoders_give_online(tree, archive):
-    meta = data.read_manifest(archive)
+    meta = archives.read_manifest(archive)
     encoder = pretrained.open_encoder(meta["encoder"], tensors=load_file(archive / "frozen.safetensors"))
     codec = pretrained.open_codec(meta["codec"])
     shard = load_file(archive / "00000.safetensors")
@@ -93,7 +94,7 @@ def test_fp8_and_pca(tree, archive, tmp_path, capsys):
     assert compact.dtype == torch.float8_e4m3fn and compact.shape[2] == 64
     # The encoder drew other random weights here: compare with its own features.
     encoder = pretrained.open_encoder(
-        data.read_manifest(tmp_path / "a")["encoder"], tensors=load_file(tmp_path / "a" / "frozen.safetensors")
+        archives.read_manifest(tmp_path / "a")["encoder"], tensors=load_file(tmp_path / "a" / "frozen.safetensors")
     )
     image, _ = data.load_image(tree / "00002" / "001.png", 32)
     exact = encoder(image[None])[1][0]
@@ -256,7 +257,7 @@ def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path,
 @pytest.mark.parametrize("name", ["data", "precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
 def test_every_flag_has_help_and_is_used(name):
     """No flag that does nothing: each is read as args.FLAG somewhere."""
-    source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "tools" / "durable.py"))
+    source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "tools" / "checkpoints.py"))
     text = (ROOT / f"{name}.py").read_text()
     for flag, rest in re.findall(r'(?:add_argument|flag)\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
         assert "help=" in rest, f"{name}.py --{flag} has no help"
@@ -343,7 +344,7 @@ def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_pa
     assert not (tmp_path / "out").exists()
     Image.new("F", (8, 8)).save(tmp_path / "b.tiff")
     with pytest.raises(InputError, match="b.tiff: unreadable image .of floats"):
-        sample.load_photo(tmp_path / "b.tiff", 32)
+        pictures.load_photo(tmp_path / "b.tiff", 32)
 
 
 @pytest.mark.parametrize("flag, value", [("azimuth", "inf"), ("distance", "nan"), ("eta", 2), ("scale", "nan"),
@@ -363,15 +364,15 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
     plain[photo[..., 3] == 0] = (90, 120, 90, 255)
     Image.fromarray(plain).convert("RGB").save(tmp_path / "plain.png")
     for name in ("alpha.png", "plain.png"):
-        image = sample.load_photo(tmp_path / name, 256)
+        image = pictures.load_photo(tmp_path / name, 256)
         rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
         assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
         assert image[:, 0, 0].tolist() == [1, 1, 1]
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "busy.png")
     with pytest.raises(InputError, match="busy.png"):
-        sample.load_photo(tmp_path / "busy.png", 32)
-    assert sample.load_photo(tmp_path / "busy.png", 32, crop=False).shape == (3, 32, 32)
+        pictures.load_photo(tmp_path / "busy.png", 32)
+    assert pictures.load_photo(tmp_path / "busy.png", 32, crop=False).shape == (3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -447,7 +448,7 @@ def test_skip_bad_passes_over_objects_and_whole_shards(tree, tmp_path, capsys, m
     call(precompute_dino, *flags, "--archive", tmp_path / "a", "--skip_bad")
     printed = capsys.readouterr().out
     assert "skipped 3:" in printed and "00004: no view has both" in printed
-    assert not data.shard_path(tmp_path / "a", 2).exists() and len(data.Archive(tmp_path / "a", "all")) == 9
+    assert not archives.shard_path(tmp_path / "a", 2).exists() and len(data.Archive(tmp_path / "a", "all")) == 9
 
 
 def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, monkeypatch):
@@ -462,7 +463,7 @@ def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, m
     with pytest.raises(InputError, match="shards without their manifest"):
         call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
     (tmp_path / "manifest.json").rename(tmp_path / "a" / "manifest.json")
-    assert data.read_manifest(tmp_path / "a")["encoder"]["feature_dim"] == 8
+    assert archives.read_manifest(tmp_path / "a")["encoder"]["feature_dim"] == 8
 
 
 def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tmp_path):

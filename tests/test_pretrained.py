@@ -23,7 +23,7 @@ import pretrained
 import sample
 from model import NovelViewModel, UNet
 from pretrained import AutoencoderKL, ImageEncoder, SpaceToDepth
-from tools import convert
+from tools import checkpoints, convert
 from tools.cli import InputError
 from tools.formats import to_ldm, unet_names, vae_names
 
@@ -172,12 +172,12 @@ def test_hash_depends_on_values_names_and_types_only(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     torch.save({k: tensors[k] for k in "ab"}, tmp_path / "x.pt")
     read = [
-        pretrained.tensor_hash(pretrained.read_tensors(tmp_path / f"x.{suffix}")) for suffix in ("safetensors", "pt")
+        checkpoints.tensor_hash(pretrained.read_tensors(tmp_path / f"x.{suffix}")) for suffix in ("safetensors", "pt")
     ]
-    assert read == [pretrained.tensor_hash(tensors)] * 2
-    assert pretrained.tensor_hash(tensors | {"a": torch.tensor(2)}) != read[0]
-    assert pretrained.tensor_hash(tensors | {"a": torch.tensor(1.0)}) != read[0]
-    assert pretrained.tensor_hash({"b": tensors["b"], "c": tensors["a"]}) != read[0]
+    assert read == [checkpoints.tensor_hash(tensors)] * 2
+    assert checkpoints.tensor_hash(tensors | {"a": torch.tensor(2)}) != read[0]
+    assert checkpoints.tensor_hash(tensors | {"a": torch.tensor(1.0)}) != read[0]
+    assert checkpoints.tensor_hash({"b": tensors["b"], "c": tensors["a"]}) != read[0]
 
 
 # ---------------------------------------------------------------------------------------------------- image encoder
@@ -398,7 +398,7 @@ def test_init_extends_conv_in_prefers_ema_and_reports(tmp_path, capsys):
 
 def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
     """Of another encoder amalgamation and cc_projection stay as initialised; what shapes don't show is refused."""
-    meta, _, theirs = pretrained.read_model(pretrained.find_weights(run))
+    meta, _, theirs = checkpoints.read_model(pretrained.find_weights(run))
     weights = pretrained.read_weights(run)
     args = theirs.args | {"cls_dim": 12, "feature_dim": 8}
     ours = NovelViewModel(**args)
@@ -409,10 +409,10 @@ def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
     for name, value in ours.state_dict().items():
         other = "amalgamation" in name or "cc_projection" in name
         assert torch.equal(value, before[name] if other else theirs.state_dict()[name]), name
-    pretrained.check_init(ours, run)
+    checkpoints.check_init(ours, run)
     for key, value in (("prediction", "eps"), ("num_heads", 8)):
         with pytest.raises(InputError, match=f"--init .*its {key} is"):
-            pretrained.check_init(NovelViewModel(**(args | {key: value})), str(run))
+            checkpoints.check_init(NovelViewModel(**(args | {key: value})), str(run))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -588,10 +588,10 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
     four = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, num_heads=4, **shape)
     convert.write_diffusers(tmp_path / "hf", four, vae)  # its config.json holds the heads, the .ckpt would not
     with pytest.raises(InputError, match="--init .*num_heads is 4, here it is 8"):
-        pretrained.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"))
+        checkpoints.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"))
     (tmp_path / "flat").mkdir()
     shutil.copy(tmp_path / "hf" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "flat")
-    pretrained.check_init(model, str(tmp_path / "flat"))
+    checkpoints.check_init(model, str(tmp_path / "flat"))
     assert pretrained.read_weights(tmp_path / "flat")
     opened = pretrained.load_checkpoint(tmp_path / "hf", encoder_weights=tmp_path / "zero123.ckpt")[0]
     assert opened.unet.middle_block[1].transformer_blocks[0].attn1.num_heads == 4

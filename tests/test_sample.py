@@ -17,7 +17,7 @@ import pretrained
 import sample
 import train
 from model import noise_schedule
-from tools import consistency, shapes, table
+from tools import consistency, pictures, shapes, table
 from tools.cli import InputError
 from tools.shapes import look_at
 
@@ -93,7 +93,7 @@ def test_each_sample_draws_its_condition_anew():
 
 def test_stochastic_conditioning_starts_alike_and_shared_noise_is_shared(run, tree):
     model, encoder, codec, meta = pretrained.load_checkpoint(str(run))
-    image = sample.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
+    image = pictures.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
     poses = sample.camera_moves([40.0, 40.0, 80.0], [0.0], [0.0])
     flags = {"steps": 8, "eta": 1.0, "scale": 1.0, "seed": 0, "batch_size": 8, "precision": "fp32", "sampler": "ddim"}
 
@@ -153,15 +153,15 @@ def test_a_background_is_removed_by_rembg(tmp_path, monkeypatch):
         return Image.fromarray(np.dstack([np.asarray(image), alpha]))
 
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=remove))
-    image = sample.load_photo(tmp_path / "busy.png", 256)
+    image = pictures.load_photo(tmp_path / "busy.png", 256)
     rows, columns = (np.flatnonzero((image.min(dim=0).values < 1).any(dim=axis)) for axis in (1, 0))
     assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178)
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=lambda image: 1 / 0))
     with pytest.raises(InputError, match="busy.png.*rembg could not"):
-        sample.load_photo(tmp_path / "busy.png", 256)
+        pictures.load_photo(tmp_path / "busy.png", 256)
     monkeypatch.setitem(sys.modules, "rembg", None)
     with pytest.raises(InputError, match="busy.png.*pip install"):
-        sample.load_photo(tmp_path / "busy.png", 256)
+        pictures.load_photo(tmp_path / "busy.png", 256)
 
 
 def test_unconditional_pretraining_leaves_the_conditions_out(archive, tmp_path):

@@ -22,7 +22,8 @@ from test_faults import LONG, load_state, make_small, pytestmark, restore, same,
 import data
 import pretrained
 import train
-from tools import durable
+from tools import checkpoints, durable
+from tools.archives import ARCHIVE_FORMAT
 from tools.cli import InputError
 from tools.formats import PREFIX
 
@@ -39,17 +40,17 @@ def reseal(path: Path, change) -> None:
         meta = json.loads(file.metadata()["efficient_3dim"])
     meta.pop("sha256")
     meta = change(meta)
-    save_file(tensors, path, {"efficient_3dim": json.dumps(meta | {"sha256": pretrained.checksum(meta, tensors)})})
+    save_file(tensors, path, {"efficient_3dim": json.dumps(meta | {"sha256": checkpoints.checksum(meta, tensors)})})
 
 
 def test_another_format_version_is_refused(small, tmp_path):
     step, archive = shutil.copytree(small / "at4" / "step_0000004", tmp_path / "step_0000004"), tmp_path / "archive"
     torch.save(load_state(step) | {"format": 99}, step / "state.pt")
     shutil.copytree(small / "archive", archive)
-    text = (archive / "manifest.json").read_text().replace(f'"format": {data.ARCHIVE_FORMAT}', '"format": 99')
+    text = (archive / "manifest.json").read_text().replace(f'"format": {ARCHIVE_FORMAT}', '"format": 99')
     (archive / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="step_0000004: checkpoint format 99, this code reads"):
-        durable.newest_checkpoint(tmp_path)
+        checkpoints.newest_checkpoint(tmp_path)
     reseal(step / "model.safetensors", lambda meta: meta | {"format": 99})
     with pytest.raises(InputError, match="model.safetensors: checkpoint format 99, this code reads"):
         pretrained.load_checkpoint(step)
@@ -64,7 +65,10 @@ def test_no_pickle_is_executed(small, tmp_path):
 
     (tmp_path / "run" / "step_0000001").mkdir(parents=True)
     state, init, ckpt, npy = (tmp_path / name for name in ("run/step_0000001/state.pt", "i.pt", "c.ckpt", "p.npy"))
-    reads = {state: lambda: durable.newest_checkpoint(tmp_path / "run"), ckpt: lambda: pretrained.load_checkpoint(ckpt)}
+    reads = {
+        state: lambda: checkpoints.newest_checkpoint(tmp_path / "run"),
+        ckpt: lambda: pretrained.load_checkpoint(ckpt),
+    }
     reads |= {npy: lambda: data.read_pose(npy), init: training(small, tmp_path / "new", "--init", init)}
     reads[small] = lambda: pretrained.read_tensors(ckpt)
     for path, read in reads.items():
@@ -163,7 +167,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
     shutil.copytree(small / "run", run, ignore=lambda *_: ["step_0000008"])
     shutil.copytree(small / "archive", archive)
     shutil.copytree(tree, root)
-    state, model = durable.newest_checkpoint(run)[0], pretrained.load_checkpoint(step)[0]
+    state, model = checkpoints.newest_checkpoint(run)[0], pretrained.load_checkpoint(step)[0]
     args = Namespace(**state["args"] | {"archive": str(archive)})
 
     def open_archive():
@@ -190,7 +194,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
     path, read = {
         "checkpoint": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)[0].state_dict()),
         "metadata": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)),
-        "state": (step / "state.pt", lambda: durable.newest_checkpoint(run)[0]["model"]),
+        "state": (step / "state.pt", lambda: checkpoints.newest_checkpoint(run)[0]["model"]),
         "shard": (archive / "00001.safetensors", open_archive),
         "manifest": (archive / "manifest.json", open_archive),
         "manifest's values": (archive / "manifest.json", open_archive),

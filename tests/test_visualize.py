@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
 import pretrained
 import visualize
 from model import timestep_density
-from precompute_dino import save_shard
 from pretrained import SpaceToDepth
 from tools import scores
+from tools.archives import ARCHIVE_FORMAT, save_shard
 from tools.cli import InputError
 from tools.shapes import look_at
 
@@ -57,7 +56,7 @@ def archive(tmp_path):
     save_shard(root / "00000.safetensors", rows)
     encoder = {"name": "vit", "layers": [3, 7], "pca": None, "feature_dim": 16, "cls_dim": 8, "tokens": 16}
     encoder |= {"weights": "random", "image_size": 64, "sha256": ""}
-    manifest = {"format": data.ARCHIVE_FORMAT, "objects": ["a", "b"], "val_fraction": 0.5, "image_size": 16,
+    manifest = {"format": ARCHIVE_FORMAT, "objects": ["a", "b"], "val_fraction": 0.5, "image_size": 16,
                 "encoder": encoder, "codec": pretrained.codec_spec(SpaceToDepth(4))}  # fmt: skip
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root, images, patch.half().double()

@@ -22,12 +22,13 @@ from torch import Tensor
 import pretrained
 import sample
 from precompute_dino import set_up
+from tools import pictures
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 
 
 def enlarged(image: Tensor) -> Image.Image:
     """(3,H,W) in [-1,1] -> a picture that can be seen: a small one is magnified, by whole pixels."""
-    return ImageOps.scale(sample.to_pil(image), max(1, 256 // image.shape[-1]), Image.Resampling.NEAREST)
+    return ImageOps.scale(pictures.to_pil(image), max(1, 256 // image.shape[-1]), Image.Resampling.NEAREST)
 
 
 def generate(opened: tuple, args: argparse.Namespace, photo: str | None, crop: bool, **flags) -> Iterator[tuple]:
@@ -41,7 +42,7 @@ def generate(opened: tuple, args: argparse.Namespace, photo: str | None, crop: b
     args = argparse.Namespace(**vars(args) | flags | dict(azimuth=moves, batch_size=16, shared_noise=False, save_x0=0))
     poses = sample.camera_moves(moves, [args.elevation], [args.distance])
     model, encoder, codec, meta = opened
-    image = sample.load_photo(Path(photo), meta["image_size"], crop)
+    image = pictures.load_photo(Path(photo), meta["image_size"], crop)
     previews, alive, done = queue.SimpleQueue(), threading.Lock(), []
 
     def on_step(i: int, x0: Tensor) -> None:
@@ -58,7 +59,7 @@ def generate(opened: tuple, args: argparse.Namespace, photo: str | None, crop: b
             yield done + batch, None
             done += batch if step == args.steps else []  # those x0 are the views; the next are of another batch
     with tempfile.TemporaryDirectory() as out:
-        sample.write_views(Path(out, "views"), image, views.result(), [], args)
+        pictures.write_views(Path(out, "views"), image, views.result(), [f"{move:.0f}" for move in moves])
         yield done, shutil.make_archive(f"{out}/views", "zip", f"{out}/views")
 
 
@@ -84,7 +85,7 @@ def main() -> None:
             if values:
                 yield from generate(opened, args, photo, crop, **dict(zip(flags, values, strict=True)))
             elif photo:
-                yield enlarged(sample.load_photo(Path(photo), opened[3]["image_size"], crop))
+                yield enlarged(pictures.load_photo(Path(photo), opened[3]["image_size"], crop))
         except InputError as error:
             raise gr.Error(str(error).replace(str(photo), "the image"), print_exception=False) from None
 

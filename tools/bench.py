@@ -33,6 +33,7 @@ import pretrained
 import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
+from tools import archives
 from tools.cli import HelpFormatter, run_script
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
@@ -139,7 +140,7 @@ def open_archive(args, size: dict, recipe: str):
             encoder = dict(name="random", weights="random", layers=[], image_size=size["vit_size"], sha256="",
                            cls_dim=size["cls"], feature_dim=K, tokens=tokens)  # fmt: skip
             codec = dict(name="sd", channels=4, factor=8, scale=SCALE, sha256="", source=None)
-            manifest = dict(format=data.ARCHIVE_FORMAT, image_size=size["image"], val_fraction=0.0, encoder=encoder,
+            manifest = dict(format=archives.ARCHIVE_FORMAT, image_size=size["image"], val_fraction=0.0, encoder=encoder,
                             codec=codec, objects=[str(i) for i in range(32)])  # fmt: skip
             Path(folder, "manifest.json").write_text(json.dumps(manifest))
             shapes = {"latent_mean": (4, side, side), "latent_logvar": (4, side, side), "cls": (size["cls"],)}
@@ -148,11 +149,11 @@ def open_archive(args, size: dict, recipe: str):
                 rows["patch"] = rows["patch"].to(torch.float8_e4m3fn)
             rows |= {"alpha": torch.zeros(views, tokens).byte(), "pose": torch.eye(3, 4).repeat(views, 1, 1)}
             rows |= {"view_offset": torch.arange(33) * 12}
-            precompute_dino.save_shard(data.shard_path(folder, 0), {k: v for k, v in rows.items() if v.numel()})
+            archives.save_shard(archives.shard_path(folder, 0), {k: v for k, v in rows.items() if v.numel()})
         archive = data.Archive(args.archive or folder, "train")
         archive.rows = archive.rows[:512]
         for shard in set(archive.rows[:, 0].tolist()):
-            data.shard_path(archive.root, shard).read_bytes()
+            archives.shard_path(archive.root, shard).read_bytes()
         yield archive
 
 

@@ -25,6 +25,7 @@ import sample
 from data import TAN_HALF_FOV
 from evaluate import psnr
 from precompute_dino import set_up
+from tools import pictures
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.durable import check_writable, write_atomically
 from tools.scores import mean_and_spread
@@ -130,7 +131,7 @@ def main() -> None:
     print(f"| the true views | | {np.nanmean(truth):.2f} |")
     if args.grid:
         labels = [str(i) for i in range(1, 1 + len(rows[0]))]
-        sample.save_picture(Path(args.grid), sample.labelled_grid(rows, labels, max(1, 128 // meta["image_size"])))
+        pictures.save_picture(Path(args.grid), pictures.labelled_grid(rows, labels, max(1, 128 // meta["image_size"])))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Photos in, pictures out: what sample.py and the others read and draw. Nothing here is the method."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,21 @@ from torchvision.utils import make_grid
 import data
 from tools.cli import InputError
 from tools.durable import write_atomically
+
+
+def list_photos(path: str) -> list[Path]:
+    """The image, or a folder's images by name. Raises InputError naming --image."""
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"--image {path}: no such file or folder")
+    photos = [source]
+    if source.is_dir():
+        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in data.IMAGE_EXTENSIONS and p.is_file())
+    if not photos:
+        raise InputError(f"--image {path}: no {', '.join(data.IMAGE_EXTENSIONS)} in it")
+    if len({photo.stem for photo in photos}) < len(photos):
+        raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
+    return photos
 
 
 def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
@@ -86,3 +102,28 @@ def save_picture(path: Path, picture: Image.Image, **options) -> None:
     """In the format of the path's suffix, or PNG. Raises InputError naming the path when it can't be written."""
     form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
+
+
+def write_views(folder: Path, image: Tensor, views: Tensor, labels: list[str], trajectory=None) -> None:
+    """sample.py's output: input.png, %03d.png, grid.png, orbit.gif and, of a trajectory, x0.npz for `visualize.py
+    trajectory`. image (3,H,W), views (N,3,H,W), trajectory {timestep: batches of its predicted x0}, noisiest first."""
+    old = [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
+    ours = (folder / "input.png").exists() and (folder / "grid.png").exists()  # an earlier run's, to be cleared away
+    save_picture(folder / "input.png", to_pil(image))
+    for path in old if ours else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    for i, view in enumerate(views):
+        save_picture(folder / f"{i:03d}.png", to_pil(view))
+    save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
+    if len(views) > 1:
+        first, *rest = (to_pil(view) for view in views)
+        save_picture(folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0)
+    if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,)
+        x0 = [[np.asarray(to_pil(view)) for batch in batches for view in batch] for batches in trajectory.values()]
+        write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=list(trajectory)))
+
+
+def save_npz(path: Path, **arrays) -> None:
+    with open(path, "wb") as file:  # np.savez given a path would add a suffix to it
+        np.savez_compressed(file, **arrays)

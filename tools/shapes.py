@@ -189,10 +189,14 @@ def look_at(theta, phi, radius) -> torch.Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in (right, up, back)], dim=-2)
 
 
-def write_object(out: Path, views: int, size: int, seed: int, device: str, orbit: bool, digits: int, index: int) -> str:
+def write_object(
+    out: Path, views: int, size: int, seed: int, device: str, orbit: bool, plain: bool, digits: int, index: int
+):
     """Makes and renders object `index`, which depends on (seed, index) only. Returns its name."""
     rng, folder = np.random.default_rng((seed, index)), out / f"{index:0{digits}d}"
     primitives, light = make_object(rng), rng.normal(size=3) + [0, 0, 1]
+    if plain:
+        primitives = [p | {"faces": False, "frequency": np.zeros(3)} for p in primitives]
     z, phi, radius = torch.tensor(rng.uniform((-1, -math.pi, 1.5), (1, math.pi, 2.2), (views, 3))).unbind(1)
     if orbit:  # from view 0 once around, counter-clockwise from above, 0 to 45 degrees up
         z, phi, radius = z[0].abs() * 0.5**0.5, phi[0] + torch.arange(views) * 2 * math.pi / views, radius[0]
@@ -206,7 +210,9 @@ def write_object(out: Path, views: int, size: int, seed: int, device: str, orbit
     return folder.name
 
 
-def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int, orbit: bool = False):
+def shapes(
+    out: Path, objects: int, views: int, size: int, seed: int, device: str, workers: int, orbit=False, plain=False
+):
     """Writes a data set of procedural objects."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not an empty folder")
@@ -216,7 +222,7 @@ def shapes(out: Path, objects: int, views: int, size: int, seed: int, device: st
         raise InputError(f"--out {out}: {error.strerror}") from None
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device")
-    work = partial(write_object, out, views, size, seed, device, orbit, max(5, len(str(objects - 1))))
+    work = partial(write_object, out, views, size, seed, device, orbit, plain, max(5, len(str(objects - 1))))
     workers = 0 if device == "cuda" else workers
     torch.set_num_threads(1)  # many small operations: threads only wait for each other; processes share the work
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
@@ -233,6 +239,7 @@ def add_command(commands) -> None:
     parser.add_argument("--size", type=int, default=64, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0, help="object i depends on this and i only")
     parser.add_argument("--orbit", action="store_true", help="views evenly around the object instead of anywhere")
+    parser.add_argument("--plain", action="store_true", help="a colour a primitive instead of one on every side")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     add_workers(parser)
     parser.set_defaults(run=run)
@@ -240,4 +247,4 @@ def add_command(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require_positive(args, "objects", "views", "size")
-    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit)
+    shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit, args.plain)
