@@ -11,11 +11,11 @@ SMALL := --width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 
 # On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 8 min 44 s on two cores.
 demo: $(VENV)/demo
 	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
-		$(PYTHON) data.py shapes --out $(DEMO)/data.part --objects 512 --views 12 --size 24 && mv $(DEMO)/data.part $(DEMO)/data; }
+		$(PYTHON) data.py shapes --out $(DEMO)/data.part --objects 512 --views 12 --size 24 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
 	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction v --t_sampling uniform \
-		--steps 1200 --batch_size 16 --accumulate 1 --lr 1e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.995 \
-		--precision fp32 --log_every 25 --val_every 300 --val_pairs 64 --preview_every 0 --save_every 300 --workers 1
+		--steps 2000 --batch_size 8 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
+		--precision fp32 --log_every 50 --val_every 500 --val_pairs 64 --preview_every 0 --save_every 500 --workers 1
 	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00511/000.png --no-crop --orbit 12 --steps 20 --scale 1 \
 		--out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif

@@ -46,8 +46,8 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height <= MAX_PIXELS:
                 image.load()
-                if image.mode == "F":
-                    raise ValueError("of floats, whose range is anybody's guess")
+                if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+                    raise ValueError("of floats or 32-bit numbers, whose range is anybody's guess")
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None

@@ -90,13 +90,20 @@ class GroupNorm(nn.GroupNorm):
 
 
 def channels_last_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.group_norm` on the (B, N, groups, C / groups) view: PyTorch's CUDA kernel returns NCHW memory, and every
-    convolution behind it would then copy, in backward too."""
+    """`F.group_norm` for the compiler: PyTorch's CUDA kernel returns NCHW memory, and every convolution behind it would
+    then copy, in backward too.
+
+    The moments are taken of each channel, over positions, and then put together: sums run along contiguous memory, and
+    backward needs only one pass of them, which serves weight, bias and input alike.
+    """
     B, C, H, W = x.shape
-    y = x.permute(0, 2, 3, 1).reshape(B, H * W, groups, C // groups).float()
-    var, mean = torch.var_mean(y, dim=(1, 3), keepdim=True, correction=0)
-    y = ((y - mean) * torch.rsqrt(var + eps)).reshape(B, H, W, C) * weight + bias
-    return y.to(x.dtype).permute(0, 3, 1, 2)
+    y = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
+    var, mean = (moment.unflatten(1, (groups, -1)) for moment in torch.var_mean(y, dim=1, correction=0))
+    between, mean = torch.var_mean(mean, dim=2, keepdim=True, correction=0)  # of a group's channels: (B, groups, 1)
+    scale = torch.rsqrt(var.mean(dim=2, keepdim=True) + between + eps) * weight.unflatten(0, (groups, -1))
+    shift = bias.unflatten(0, (groups, -1)) - mean * scale  # (B, groups, C / groups)
+    y = y * scale.reshape(B, 1, C) + shift.reshape(B, 1, C)
+    return y.to(x.dtype).reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):

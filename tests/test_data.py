@@ -273,9 +273,23 @@ def test_a_sphere_appears_where_the_camera_says():
         assert depth[i][alpha[i] == 0].max() == 0
 
 
+def test_plain_objects_have_a_colour_a_primitive(tmp_path):
+    shapes.shapes(tmp_path / "faces", 2, 4, 32, 0, "cpu", 0)
+    shapes.shapes(tmp_path / "plain", 2, 4, 32, 0, "cpu", 0, plain=True)
+    for path in sorted((tmp_path / "faces").glob("*/*.png")):
+        other = tmp_path / "plain" / path.relative_to(tmp_path / "faces")
+        faces, plain = (np.asarray(Image.open(p)) for p in (path, other))
+        assert (faces[..., 3] == plain[..., 3]).all() and (faces != plain).any()  # the same shapes, other colours
+        solid, palette = plain[plain[..., 3] == 255][:, :3] / 255.0, []
+        for p in shapes.make_object(np.random.default_rng((0, int(path.parent.name)))):
+            palette.append(np.array(p["palette"][0]) / np.linalg.norm(p["palette"][0]))
+        likeness = (solid / np.linalg.norm(solid, axis=1, keepdims=True) @ np.array(palette).T).max(1)
+        assert np.mean(likeness > 0.999) > 0.7  # shading keeps the direction; pixels on edges mix
+
+
 def test_objects_depend_on_seed_and_index_only_and_fill_the_unit_cube(tree, tmp_path):
     for index in (3, 7):
-        shapes.write_object(tmp_path, 3, 32, 0, "cpu", False, 5, index)  # fewer views, others left out
+        shapes.write_object(tmp_path, 3, 32, 0, "cpu", False, False, 5, index)  # fewer views, others left out
         for file in sorted((tmp_path / f"{index:05d}").iterdir()):
             assert file.read_bytes() == (tree / f"{index:05d}" / file.name).read_bytes()
     assert shapes.make_object(np.random.default_rng((1, 3)))[0]["palette"] != (

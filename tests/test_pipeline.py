@@ -342,9 +342,10 @@ def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_pa
     with pytest.raises(InputError, match="b.png: unreadable image"):
         call(sample, "--ckpt", run, "--device", "cpu", "--image", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    Image.new("F", (8, 8)).save(tmp_path / "b.tiff")
-    with pytest.raises(InputError, match="b.tiff: unreadable image .of floats"):
-        pictures.load_photo(tmp_path / "b.tiff", 32)
+    for mode, value in (("F", 0.5), ("I", 70_000)):
+        Image.new(mode, (8, 8), value).save(tmp_path / "b.tiff")
+        with pytest.raises(InputError, match="b.tiff: unreadable image .of floats or 32-bit"):
+            pictures.load_photo(tmp_path / "b.tiff", 32)
 
 
 @pytest.mark.parametrize("flag, value", [("azimuth", "inf"), ("distance", "nan"), ("eta", 2), ("scale", "nan"),

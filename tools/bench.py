@@ -1,7 +1,7 @@
 """How fast: our training step beside what one would otherwise use, on the same work, in one process; and the rest.
 
     python -m tools.bench all --out bench.jsonl                      # small shapes on a CPU, the paper's on a GPU
-    python -m tools.bench train --compile off default --profile
+    python -m tools.bench train --compile default tuned --profile
     python -m tools.bench train --rows ours --micro_batches 64 96 128 --memory_gb 40 --checkpointing
     python -m tools.bench read --workers 0 1 2 4 8 16 --recipes fp16 fp8+pca
 
@@ -247,7 +247,7 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     accumulate = args.accumulate or max(1, min(1536 // micro if args.size == "full" else 2, 4 if plain else 1536))
     step = make_step(model, prepare, micro, accumulate, precision, plain)
     if mode != "off":
-        model.unet.compile(mode=None if mode == "default" else mode)
+        model.unet.compile(**{"options": train.COMPILE} if mode == "tuned" else {"mode": mode})
     start = time.perf_counter()
     measure(step, 0, device, skip=0)
     first = time.perf_counter() - start
@@ -396,7 +396,7 @@ def main() -> None:
     flag("--micro_batches", type=int, nargs="+", help="train, read; default: 48 96 192 on a GPU, else 4 8")
     flag("--accumulate", type=int, help="train: micro-batches a step; default: 1536 samples' worth, 2 where not full")
     flag("--rows", nargs="+", choices=rows, default=rows, help="train: what to compare")
-    flag("--compile", nargs="+", help="train: off, default or a mode of torch.compile; default: off default, or off")
+    flag("--compile", nargs="+", help="train: off, tuned (as train.py) or a mode of torch.compile; default: off default tuned, or off")
     flag("--checkpointing", action="store_true", help="train: recompute our blocks in backward")
     flag("--memory_gb", type=float, help="use no more of the GPU's memory than a smaller one has")
     flag("--profile", action="store_true", help="train: a table of time by class of kernel")
@@ -415,7 +415,7 @@ def main() -> None:
     name = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread(s)"
     args.size = args.size or ("full" if cuda else "small")
     args.micro_batches = args.micro_batches or ([48, 96, 192] if cuda else [4, 8])
-    args.compile = args.compile or (["off", "default"] if cuda else ["off"])
+    args.compile = args.compile or (["off", "default", "tuned"] if cuda else ["off"])
     if cuda:
         name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * args.memory_gb / total) if args.memory_gb else 1.0)
