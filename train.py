@@ -40,8 +40,8 @@ from tools.archives import json_checksum
 from tools.cli import HelpFormatter, InputError, require_positive, run_script
 
 BINS = 10  # of the loss by timestep
-# torch.compile's: compute more anew instead of storing it. GroupNorm's and SiLU's backward passes then read and write 5
-# activations instead of 16 (tests/test_bench.py).
+# torch.compile's, to compute more anew instead of storing it: the backward pass of GroupNorm and SiLU then reads and
+# writes as much memory as 5 activations take instead of 12 (tests/test_bench.py).
 COMPILE = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 32, "realize_opcount_threshold": 60}
 
 

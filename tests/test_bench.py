@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import train
 from model import NovelViewModel, UNet
 from tools import bench
 
@@ -233,6 +235,32 @@ def test_compiled_equals_eager(monkeypatch, backend):
     compiled = output_and_gradients(unet, inputs)
     torch._dynamo.reset()
     assert_equal(compiled, eager)
+
+
+@pytest.mark.parametrize("options, forward, backward", [(train.COMPILE, 4, 5), ({}, 4, 12)])
+def test_what_group_norm_and_silu_read_and_write(monkeypatch, options, forward, backward):
+    """Bytes of inductor's schedule over those of the input in bf16, by the heuristics that it has for GPUs; no code is
+    generated. At its own thresholds it stores intermediate values in float32."""
+    from torch._inductor import graph as inductor  # here: it takes a while
+
+    count, net = [], torch.nn.GroupNorm(32, 64)
+
+    def interpret(graph):
+        graph._update_scheduler()
+        count.append(sum(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes))
+        graph.cache_key, graph.cache_path, graph.cache_linemap = "", os.devnull, []
+        call = lambda args: list(torch.fx.Interpreter(graph.module).run(*args))  # noqa: E731
+        return SimpleNamespace(__file__=os.devnull, key="", call=call)
+
+    monkeypatch.setattr(inductor.GraphLowering, "compile_to_module", interpret)
+    monkeypatch.setattr(torch._inductor.ir, "is_cpu", lambda _: False)
+    x = torch.randn(8, 64, 32, 32).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(lambda x: F.silu(fast_group_norm(net, x)), options=options)(x).sum().backward()
+    torch._dynamo.reset()
+    assert [each / (2 * x.numel()) for each in count] == pytest.approx([forward, backward], abs=0.1)
+    expected = torch.autograd.grad(F.silu(F.group_norm(x.float(), 32)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, atol=0.02, rtol=0.02)  # what was counted computes it
 
 
 def test_compiling_in_place_keeps_the_names():

@@ -396,7 +396,7 @@ def main() -> None:
     flag("--micro_batches", type=int, nargs="+", help="train, read; default: 48 96 192 on a GPU, else 4 8")
     flag("--accumulate", type=int, help="train: micro-batches a step; default: 1536 samples' worth, 2 where not full")
     flag("--rows", nargs="+", choices=rows, default=rows, help="train: what to compare")
-    flag("--compile", nargs="+", help="train: off, tuned (as train.py) or a mode of torch.compile; default: off default tuned, or off")
+    flag("--compile", nargs="+", help="train: off, tuned (as train.py) or torch.compile's mode; default: all, or off")
     flag("--checkpointing", action="store_true", help="train: recompute our blocks in backward")
     flag("--memory_gb", type=float, help="use no more of the GPU's memory than a smaller one has")
     flag("--profile", action="store_true", help="train: a table of time by class of kernel")
