@@ -16,10 +16,10 @@ demo: $(VENV)/demo
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction v --t_sampling uniform \
 		--steps 2000 --batch_size 8 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
 		--precision fp32 --log_every 50 --val_every 500 --val_pairs 64 --preview_every 0 --save_every 500 --workers 1
-	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00511/000.png --no-crop --orbit 12 --steps 20 --scale 1 \
+	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00511/000.png --no-crop --orbit 12 --steps 10 --scale 2 \
 		--out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif
-	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --pairs 128 --steps 20 --scale 1 --lpips none \
+	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --pairs 128 --steps 10 --scale 2 --lpips none \
 		--workers 1 --grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
 	$(PYTHON) visualize.py curves $(DEMO) --out $(DEMO)/loss
 	@echo "look at: $(DEMO)/samples.png $(DEMO)/orbit.gif $(DEMO)/loss.png $(DEMO)/log.jsonl"
