@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 
 import data
 import precompute_dino
-import pretrained
 import train
 from tools import archives, checkpoints, durable
 from tools.cli import InputError, run_script
@@ -224,8 +223,8 @@ def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
     meta, tensors, model = checkpoints.read_model(small / "at4" / "step_0000004" / "model.safetensors")
     meta["tensors"] = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
     frozen = {key: meta[key] for key in ("encoder", "codec", "image_size", "val_fraction", "tensors")}
-    writes = [(torch, "save"), (pretrained, "save_file"), (os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]
-    writes += [(os, "unlink"), (os, "rmdir")] if how == "die" else []
+    writes = [(torch, "save"), (checkpoints, "save_file")]
+    writes += [(os, name) for name in "mkdir fsync rename replace".split() + ["unlink", "rmdir"] * (how == "die")]
 
     def save():
         checkpoints.save_checkpoint(run, state | {"step": 6}, model, frozen, Namespace(keep=2, keep_every=0))
