@@ -25,10 +25,9 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
-from precompute_dino import set_up
 from tools import pictures
 from tools.checkpoints import tensor_hash
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.durable import write_atomically
 
 

@@ -16,10 +16,7 @@ each row); view_offset (objects+1,) int64. A shard appears whole or not at all; 
 
 import argparse
 import itertools
-import os
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,37 +29,11 @@ from tqdm import tqdm
 
 import data
 import pretrained
-from tools.archives import ARCHIVE_FORMAT, check_manifest, save_manifest, save_shard, shard_path
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from tools.archives import ARCHIVE_FORMAT, check_manifest, check_space, save_manifest, save_shard, shard_path
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.durable import lock, write_atomically
 
 # ------------------------------------------------------------------------------------------- shared with train, sample
-
-
-def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.device, int, int]:
-    """(device, rank, world size) by --device and torchrun, whose process group is joined; --precision's default, TF32.
-
-    "auto" is this process's GPU where there is one. Raises InputError naming --device.
-    """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: not a device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: cpu or cuda")
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    dist.init_process_group(backend, timeout=timedelta(days=2) if backend == "gloo" else None)
-    return device, dist.get_rank(), dist.get_world_size()
 
 
 def autocast(device: torch.device, precision: str):
@@ -227,20 +198,6 @@ def bytes_per_view(encoder, codec, args) -> int:
     return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48 + 48  # pose, crc32
 
 
-def check_space(names: list[str], todo: int, encoder, codec, args) -> None:
-    """Print what the archive will take, by the first objects' views; raises InputError when the disk lacks it."""
-    sample = names[:256]
-    views = sum(len(find_views(name, args, [])) for name in sample) / len(sample)
-    need = todo * views * bytes_per_view(encoder, codec, args)
-    free = shutil.disk_usage(args.archive).free
-    print(
-        f"{todo} objects x {views:.1f} views x {bytes_per_view(encoder, codec, args):,} bytes = {need / 1e9:.2f} GB "
-        f"to write, {free / 1e9:.1f} GB free"
-    )
-    if need > free:
-        raise InputError(f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
-
-
 FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor", "image_size", "val_fraction")
 FLAGS += ("patch_dtype", "pca", "precision")
 
@@ -319,7 +276,9 @@ def main() -> None:
         dist.barrier()
     encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})
     if rank == 0:
-        check_space(names, sum(map(len, members.values())), encoder, codec, args)
+        some = names[:256]
+        views = sum(len(find_views(name, args, [])) for name in some) / len(some)
+        check_space(args.archive, sum(map(len, members.values())), views, bytes_per_view(encoder, codec, args))
         manifest |= {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec)}
         if not check_manifest(args, manifest):
             save_manifest(args.archive, manifest)

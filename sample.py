@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import pretrained
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
-from precompute_dino import autocast, encode, set_up
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from precompute_dino import autocast, encode
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.pictures import list_photos, load_photo, write_views
 
 # ------------------------------------------------------------------------------------------------------------- DDIM

@@ -34,10 +34,10 @@ import data
 import pretrained
 import sample
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from precompute_dino import add_encoder_flags, autocast, open_frozen, set_up
+from precompute_dino import add_encoder_flags, autocast, open_frozen
 from tools import checkpoints, durable, pictures
 from tools.archives import json_checksum
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 
 BINS = 10  # of the loss by timestep
 # torch.compile's, to compute more anew instead of storing it: the backward pass of GroupNorm and SiLU then reads and

@@ -21,9 +21,8 @@ from torch import Tensor
 
 import pretrained
 import sample
-from precompute_dino import set_up
 from tools import pictures
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 
 
 def enlarged(image: Tensor) -> Image.Image:

@@ -4,6 +4,7 @@ Nothing here is needed to understand the method; precompute_dino.py says what th
 """
 
 import json
+import shutil
 import zlib
 from functools import partial
 from pathlib import Path
@@ -99,3 +100,13 @@ def check_manifest(args, manifest: dict) -> bool:
         if key in manifest and there[key]["sha256"] != manifest[key]["sha256"]:
             raise InputError(f"{flag}: not the weights that {path} was written with (sha256 differs)")
     return True
+
+
+def check_space(root: str, objects: int, views: float, size: int) -> None:
+    """Print what an archive of so many views an object, of so many bytes each, will take. Raises InputError when the
+    disk lacks it."""
+    need, free = objects * views * size, shutil.disk_usage(root).free
+    what = f"{objects} objects x {views:.1f} views x {size:,} bytes"
+    print(f"{what} = {need / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free")
+    if need > free:
+        raise InputError(f"--archive {root}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")

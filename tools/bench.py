@@ -34,7 +34,7 @@ import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from tools import archives
-from tools.cli import HelpFormatter, run_script
+from tools.cli import HelpFormatter, run_script, set_up
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -410,7 +410,7 @@ def main() -> None:
     flag("--out", help="JSON lines, appended to")
     args = parser.parse_args()
 
-    device, _, _ = precompute_dino.set_up(args)
+    device, _, _ = set_up(args)
     cuda = device.type == "cuda"
     name = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread(s)"
     args.size = args.size or ("full" if cuda else "small")

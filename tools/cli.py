@@ -1,11 +1,15 @@
-"""What all scripts share: errors in one line, help with defaults, checks of flags and metadata."""
+"""What all scripts share: errors in one line, help with defaults, device and ranks, checks of flags and metadata."""
 
 import argparse
+import os
 import re
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -55,6 +59,32 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
     for flag in ("seed", "workers", "orbit", "save_x0"):
         if getattr(args, flag, 0) < 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must not be negative")
+
+
+def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.device, int, int]:
+    """(device, rank, world size) by --device and torchrun, whose process group is joined; --precision's default, TF32.
+
+    "auto" is this process's GPU where there is one. Raises InputError naming --device.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: not a device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: cpu or cuda")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    dist.init_process_group(backend, timeout=timedelta(days=2) if backend == "gloo" else None)
+    return device, dist.get_rank(), dist.get_world_size()
 
 
 SPECS = {

@@ -24,9 +24,8 @@ import pretrained
 import sample
 from data import TAN_HALF_FOV
 from evaluate import psnr
-from precompute_dino import set_up
 from tools import pictures
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
+from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.durable import check_writable, write_atomically
 from tools.scores import mean_and_spread
 

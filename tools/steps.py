@@ -18,8 +18,7 @@ import pretrained
 import sample
 import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
-from precompute_dino import set_up
-from tools.cli import HelpFormatter, require_positive, run_script
+from tools.cli import HelpFormatter, require_positive, run_script, set_up
 from tools.durable import check_writable, write_atomically
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
