@@ -229,6 +229,7 @@ def main() -> None:
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
 
     images = [load_photo(path, meta["image_size"], args.crop) for path in paths]
+    saved = {i: ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)}
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))
     with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
         for path, image in zip(paths, images, strict=True):
@@ -237,8 +238,8 @@ def main() -> None:
 
             def on_step(i: int, x0: Tensor, trajectory=trajectory) -> None:
                 bar.update()
-                if i in saved_steps(args.steps, args.save_x0):
-                    trajectory.setdefault(ddim_timesteps(args.steps)[i], []).append(decode(x0, codec).cpu())
+                if i in saved:
+                    trajectory.setdefault(saved[i], []).append(decode(x0, codec).cpu())
 
             views = sample_views(image, poses, model, encoder, codec, args, on_step)
             labels = args.azimuth if len(args.azimuth) == len(views) else range(len(views))

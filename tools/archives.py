@@ -44,6 +44,7 @@ def read_manifest(root: str) -> dict:
 
 
 def save_manifest(root: str, manifest: dict) -> None:
+    """ARCHIVE/manifest.json with its checksum. Raises InputError naming the file."""
     text = json.dumps(manifest | {"crc32": json_checksum(manifest)}, indent=1)
     write_atomically(Path(root) / "manifest.json", lambda path: path.write_text(text))
 
@@ -53,7 +54,7 @@ def json_checksum(value) -> int:
     return zlib.crc32(json.dumps(value).encode())
 
 
-def checksum(key: str, tensor: torch.Tensor) -> int:
+def checksum(key: str, tensor: Tensor) -> int:
     """CRC-32 of a tensor, with its name and type: safetensors has none."""
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode()))
 

@@ -191,7 +191,7 @@ def look_at(theta, phi, radius) -> torch.Tensor:
 
 def write_object(
     out: Path, views: int, size: int, seed: int, device: str, orbit: bool, plain: bool, digits: int, index: int
-):
+) -> str:
     """Makes and renders object `index`, which depends on (seed, index) only. Returns its name."""
     rng, folder = np.random.default_rng((seed, index)), out / f"{index:0{digits}d}"
     primitives, light = make_object(rng), rng.normal(size=3) + [0, 0, 1]
