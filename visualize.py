@@ -3,7 +3,7 @@
 Each command writes OUT.png and OUT.pdf; figure 3 is a diagram in the README:
     python visualize.py trajectory --x0 out/samples/cat/x0.npz                        # figure 1 (sample.py --save_x0 8)
     python visualize.py timesteps                                                     # figure 2
-    python visualize.py pca --archive out/archive --objects 00003 00007               # figures 5 and 9; matching: 4
+    python visualize.py pca --archive out/archive --objects 00001 00003               # figures 5 and 9; matching: 4
     python visualize.py sweep --eval out/eval.jsonl --metric lpips                    # figure 6
     python visualize.py curves base=runs/a0,runs/a1 ours=runs/b0,runs/b1 --metric val_loss_ema    # figure 7
     python visualize.py wild out/samples/cat out/samples/dog                          # figure 8 (--azimuth 90)
