@@ -125,7 +125,10 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        norm, silu, conv = self.in_layers
+        emb = self.emb_layers(emb)
+        emb = emb + conv.bias.to(emb.dtype)  # added by itself, the bias would take a pass over all of h
+        h = F.conv2d(silu(norm(x)), conv.weight, padding=1) + emb[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
 
@@ -217,9 +220,18 @@ def downsample(channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
+class NearestUpsample(nn.Module):
+    """nn.Upsample(scale_factor=2), x (B, C, H, W) -> (B, C, 2H, 2W), by an expanded view: its backward is a sum, where
+    the compiler makes nn.Upsample's of atomic additions, which are slow and come in any order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
+        return x.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+
+
 def upsample(channels: int) -> nn.Module:
-    conv = nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv))
+    return nn.Sequential(OrderedDict(up=NearestUpsample(), conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Block(nn.Sequential):

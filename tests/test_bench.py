@@ -139,6 +139,11 @@ def plain_group_norm(self, x):
     return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+def plain_res_block(self, x, emb):
+    h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+    return self.skip_connection(x) + self.out_layers(h)
+
+
 def plain_attention(self, x, context=None):
     """Separate projections, an explicit softmax."""
     context = x if context is None else context
@@ -193,12 +198,15 @@ def assert_equal(a: dict, b: dict) -> None:
 
 
 def test_the_fast_path_equals_the_plain_one(monkeypatch):
-    """Group normalisation in channels-last memory, q, k and v in one product, cross attention without a softmax, linear
-    layers for 1x1 convolutions: output and every gradient, in float32."""
+    """Group normalisation in channels-last memory, a bias added with the embedding, upsampling by an expanded view, q, k
+    and v in one product, cross attention without a softmax, linear layers for 1x1 convolutions: output and every
+    gradient, in float32."""
     unet, inputs = small_unet()
     monkeypatch.setattr(model.GroupNorm, "forward", fast_group_norm)
     fast = output_and_gradients(unet.to(memory_format=torch.channels_last), inputs)
     monkeypatch.setattr(model.GroupNorm, "forward", plain_group_norm)
+    monkeypatch.setattr(model.ResBlock, "forward", plain_res_block)
+    monkeypatch.setattr(model.NearestUpsample, "forward", lambda self, x: F.interpolate(x, scale_factor=2.0))
     monkeypatch.setattr(model.Attention, "forward", plain_attention)
     monkeypatch.setattr(model.TransformerBlock, "forward", plain_block)
     monkeypatch.setattr(model.SpatialTransformer, "forward", plain_transformer)

@@ -122,7 +122,7 @@ def main() -> None:
         score, agree = np.nanmean(scores, axis=0)
         lines.append({"way": way, "seed": seed, "psnr": score, "agreement": agree, "objects": len(orbits),
                       "checkpoint": args.ckpt} | sample.sampler_flags(args))  # fmt: skip
-    write_atomically(out, lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
+        write_atomically(out, lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
     print(f"| {len(orbits)} orbits, {len(args.seeds)} seeds | PSNR | agreement |\n|---|---|---|")
     for way in WAYS:
         cells = [mean_and_spread([x[key] for x in lines if x["way"] == way]) for key in ("psnr", "agreement")]

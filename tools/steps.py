@@ -69,6 +69,7 @@ def main() -> None:
             error = None if eta else psnr(made, limit).mean().item()
             lines.append({"way": way, "steps": steps, "psnr": psnr(made, targets).mean().item(), "to_converged": error,
                           "pairs": len(pairs), "scale": args.scale, "checkpoint": args.ckpt})  # fmt: skip
+        write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
     figure = Figure(figsize=(6, 2.6))
     labels = {"psnr": "PSNR to the true view (dB)", "to_converged": f"PSNR to {CONVERGED} steps of DDIM (dB)"}
     for ax, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
@@ -79,8 +80,6 @@ def main() -> None:
         ax.minorticks_off()
     figure.axes[0].legend()
     written = visualize.save(figure, args.out)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(log, lambda path: path.write_text(text))
     print(
         "| steps |",
         " | ".join(WAYS),
