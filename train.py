@@ -40,9 +40,9 @@ from tools.archives import json_checksum
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 
 BINS = 10  # of the loss by timestep
-# torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and SiLU
-# then reads and writes as much memory as 5 activations take instead of 12 (tests/test_bench.py). The last is a fusion
-# that fails an assertion of torch 2.14.1's ("64 v.s. 512") at some shapes, for a GPU only.
+# torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
+# SiLU then reads and writes as much memory as 5 activations take instead of 12 (tests/test_bench.py). The last is a
+# fusion for GPUs that fails an assertion of torch 2.14.1's ("64 v.s. 512") at some shapes.
 COMPILE = {"realize_reads_threshold": 8, "realize_acc_reads_threshold": 16, "realize_opcount_threshold": 60}
 COMPILE |= {"triton.mix_order_reduction": False}
 

@@ -198,8 +198,8 @@ def assert_equal(a: dict, b: dict) -> None:
 
 
 def test_the_fast_path_equals_the_plain_one(monkeypatch):
-    """Group normalisation in channels-last memory, a bias added with the embedding, upsampling by an expanded view, q, k
-    and v in one product, cross attention without a softmax, linear layers for 1x1 convolutions: output and every
+    """Group normalisation in channels-last memory, a bias added with the embedding, upsampling by an expanded view, q,
+    k and v in one product, cross attention without a softmax, linear layers for 1x1 convolutions: output and every
     gradient, in float32."""
     unet, inputs = small_unet()
     monkeypatch.setattr(model.GroupNorm, "forward", fast_group_norm)

@@ -247,6 +247,17 @@ def test_a_workers_input_error_is_one_line_too(capsys):
         run_script(lambda: 1 / 0)
 
 
+def test_a_full_gpu_is_one_line():
+    def fill():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB "
+            "is free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF."
+        )
+
+    with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2.00 GiB; a smaller --batch"):
+        run_script(fill)
+
+
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Calls `main()`: an InputError (a DataLoader worker's too) becomes one line and exit code 1, Ctrl-C code 130."""
+    """Calls `main()`: an InputError (a DataLoader worker's too), a full GPU and a dead worker become one line and exit
+    code 1, Ctrl-C code 130."""
     try:
         main()
     except InputError as error:
@@ -26,6 +27,10 @@ def run_script(main):
         message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
         end_bars()
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
+    except torch.OutOfMemoryError as error:
+        end_bars()
+        tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph of them
+        sys.exit(f"error: {tried}; a smaller --batch_size takes less, and train.py --checkpointing")
     except (RuntimeError, ConnectionError, EOFError) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
