@@ -383,7 +383,9 @@ def main() -> None:
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        # of MB; the compiler cuts its graph wherever DDP starts a bucket, 130 times for the paper's model by default
+        wrapped = DistributedDataParallel(model, ids, bucket_cap_mb=256, **options)
     positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
     options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
