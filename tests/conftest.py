@@ -32,12 +32,12 @@ def call(module, *argv) -> None:
         sys.argv = old
 
 
-def script(name: str, *argv, nproc: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+def script(name: str, *argv, nproc: int = 0, check: bool = True, timeout: int = 150) -> subprocess.CompletedProcess:
     """Run a script as a user does, or under torchrun."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
     command = [sys.executable, *launch, ROOT / f"{name}.py", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, timeout=150)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, timeout=timeout)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr or nproc, done.stderr[-3000:]  # torchrun has its own of ranks that fail
     return done

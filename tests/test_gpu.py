@@ -1,0 +1,91 @@
+"""What only a GPU can show; skipped without one, so that CI says nothing of it. `pytest tests/test_gpu.py`."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import FROZEN, SMALL, script
+from PIL import Image
+from safetensors.torch import load_file
+from test_bench import assert_equal, output_and_gradients, small_unet
+from test_pipeline import log_lines, weights
+
+import train
+from tools import bench
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+TRAIN = [*SMALL, "--device", "cuda", "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3]
+TRAIN += ["--val_every", 3, "--preview_every", 6, "--workers", 1]
+
+
+@pytest.mark.parametrize("flags", [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]])
+def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, flags):
+    command = ["--archive", archive, *TRAIN, "--deterministic", "--precision", *flags]
+    script("train", *command, "--out", tmp_path / "a", timeout=600)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "step_0000006")
+    script("train", *command, "--out", tmp_path / "b", timeout=600)
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
+    averages = [weights(tmp_path / name) for name in "ab"]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    states = [torch.load(tmp_path / n / "step_0000006" / "state.pt", "cpu", weights_only=True)["model"] for n in "ab"]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_archives_agree(tree, archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    (tmp_path / "a" / "00000.safetensors").unlink()
+    script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 1, "--device", "cuda",
+           "--precision", "fp32")  # fmt: skip
+    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (tmp_path / "a", archive))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key].float(), value.float(), atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning", "--shared_noise"]])
+def test_samples_agree(run, tree, tmp_path, flags):
+    views = {}
+    for device in ("cpu", "cuda"):
+        script("sample", "--ckpt", run, "--image", tree / "00011" / "000.png", "--no-crop", "--orbit", 4, "--steps", 5,
+               "--precision", "fp32", "--device", device, "--out", tmp_path / device, *flags)  # fmt: skip
+        views[device] = np.stack([Image.open(tmp_path / device / "000" / f"{i:03d}.png") for i in range(4)]).astype(int)
+    assert np.abs(views["cpu"] - views["cuda"]).max() <= 2  # of 255
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_compiled_equals_eager(monkeypatch, batch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    unet, inputs = small_unet()
+    inputs = [torch.cat([x] * (batch // 2)).cuda() for x in inputs]
+    unet.cuda().to(memory_format=torch.channels_last)
+    eager = output_and_gradients(unet, inputs)
+    torch._dynamo.reset()
+    unet.compile(options=train.COMPILE)
+    assert_equal(output_and_gradients(unet, inputs), eager)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_waits_for_nothing(compiled):
+    """No tensor is looked at by the host within an optimiser step."""
+    device, spec = torch.device("cuda", 0), {"cls_dim": 192, "feature_dim": 384, "tokens": 4}
+    size = bench.SIZES["tiny"]
+    model = bench.make_model(size, device, spec).train()
+    shapes = {"latent": (4, 4, 4), "cls": (192,), "patch": (4, 384), "pose": (4,)}
+    batch = {key: torch.randn(2, *shape).pin_memory() for key, shape in shapes.items()}
+    mean, logvar = torch.zeros(2, 2, 4, 4, 4, device=device)
+
+    def prepare():
+        return mean, logvar, {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+    step = bench.make_step(model, prepare, 2, 2, "bf16", False)
+    if compiled:
+        model.unet.compile(options=train.COMPILE)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch._dynamo.reset()
