@@ -5,8 +5,8 @@ Neither encoder takes part in backpropagation, so training need not run them. Th
 
     python precompute_dino.py --data data/shapes --archive out/archive --codec pixels --image_size 64 \
         --encoder vit_tiny_patch16_224 --weights random --layers 5 11 --encoder_size 64           # a CPU, in a minute
-    python precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors              # one GPU
-    torchrun --nproc_per_node 8 precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors
+    python precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors --compile    # one GPU
+    torchrun --nproc_per_node 8 precompute_dino.py --data DIR --archive ARCHIVE --vae sd-v1-5.safetensors --compile
 
 An archive is ARCHIVE/manifest.json and a shard ARCHIVE/%05d.safetensors for every 256 objects: the views of its objects
 along the first axis, as latent_mean, latent_logvar (N,C,h,w) float16, cls (N,D) float16, patch (N,T,K) float16 or
@@ -16,6 +16,7 @@ each row); view_offset (objects+1,) int64. A shard appears whole or not at all; 
 
 import argparse
 import itertools
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def add_encoder_flags(group) -> None:
 
 
 def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[str, Tensor] | None = None):
-    """(encoder, codec) that the flags of `add_encoder_flags` describe, on the device, channels-last.
+    """(encoder, codec) that the flags of `add_encoder_flags` and --compile describe, on the device, channels-last.
 
     tensors: what no public file holds, as `pretrained.own_tensors` gives it.
     """
@@ -79,7 +80,10 @@ def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[st
     saved, pca = pretrained.split_own(tensors or {})
     weights = saved if args.weights == "random" and saved else args.weights
     encoder = pretrained.ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
-    return encoder.to(device), codec.to(device, memory_format=torch.channels_last)
+    encoder, codec = encoder.to(device), codec.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        encoder.features, codec.encode = torch.compile(encoder.features), torch.compile(codec.encode)
+    return encoder, codec
 
 
 # ------------------------------------------------------------------------------------------------------ the writer
@@ -144,12 +148,32 @@ def load_views(members: dict[int, list[str]], args, bad: list[str]):
 
 
 def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
-    """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU."""
+    """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU. What a
+    GPU has encoded is still on its way."""
     with autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
-    out = {key: stored(value, args.patch_dtype if key == "patch" else "fp16").cpu() for key, value in rows.items()}
+    rows = {key: stored(value, args.patch_dtype if key == "patch" else "fp16") for key, value in rows.items()}
+    out = {key: value.to("cpu", non_blocking=True) for key, value in rows.items()}
     alpha = (255 * patch_cover(batch["alpha"], encoder.tokens)).round().to(torch.uint8)
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
+
+
+def encode_ahead(batches, *how):
+    """`encode_views` of each batch, arrived. The next is under way by then: a GPU goes on while rows are put away."""
+
+    def arrived(rows: dict[str, Tensor], event) -> dict[str, Tensor]:
+        if event:
+            event.synchronize()
+        return rows
+
+    ahead = deque()
+    for batch in batches:
+        rows = encode_views(batch, *how)
+        ahead.append((rows, torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None))
+        if len(ahead) == 2:
+            yield arrived(*ahead.popleft())
+    for each in ahead:
+        yield arrived(*each)
 
 
 def stored(value: Tensor, form: str) -> Tensor:
@@ -207,15 +231,15 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
     bad, written = [], Future()
     written.set_result(None)
     with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
-        for shard, batches in itertools.groupby(load_views(members, args, bad), key=lambda batch: batch["shard"]):
+        shards = itertools.groupby(load_views(members, args, bad), key=lambda batch: (batch["shard"], batch["views"]))
+        for (shard, views), batches in shards:
             tensors, n = {}, 0  # filled in place: a shard of the paper's size takes 6 GB of memory
-            for batch in batches:
-                rows = encode_views(batch, encoder, codec, args, device)
-                tensors = tensors or {k: row.new_empty(batch["views"], *row.shape[1:]) for k, row in rows.items()}
+            for rows in encode_ahead(batches, encoder, codec, args, device):
+                tensors = tensors or {k: row.new_empty(views, *row.shape[1:]) for k, row in rows.items()}
                 for key, row in rows.items():
                     tensors[key][n : n + len(row)] = row
-                n += len(batch["object"])
-                bar.update(len(batch["object"]))
+                n += len(rows["object"])
+                bar.update(len(rows["object"]))
             tensors = {key: tensor[:n] for key, tensor in tensors.items()}
             counts = torch.bincount(tensors.pop("object"), minlength=len(members[shard]))
             tensors["view_offset"] = F.pad(counts.cumsum(0), (1, 0))
@@ -241,6 +265,7 @@ def main() -> None:
     group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
     group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--compile", action="store_true", help="torch.compile encoder and codec")
     args = parser.parse_args()
     require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
 

@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 
     flag = parser.add_argument_group("system").add_argument
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
-    flag("--compile", action=toggle, default=False, help="torch.compile the UNet")
+    flag("--compile", action=toggle, default=False, help="torch.compile the UNet, and --online what is frozen")
     flag("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
     flag("--device", default="auto", help="auto, cpu or cuda")
     flag("--seed", type=int, default=0, help="of initialisation, data order and noise")
@@ -217,6 +217,8 @@ def open_data(args, device: torch.device):
         if args.online:  # archived latents, features as training goes
             encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
             frozen |= {"encoder": encoder.to(device).spec(), "tensors": pretrained.own_tensors(encoder)}
+            if args.compile:
+                encoder.features = torch.compile(encoder.features)
         else:
             file = Path(args.archive) / "frozen.safetensors"
             frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
@@ -324,7 +326,8 @@ def main() -> None:
     # data, model, EMA, optimiser
     train_set, val_set, prepare, frozen = open_data(args, device)
     scale = frozen["codec"]["scale"]
-    example = prepare(train_set[[0]])
+    with torch.compiler.set_stance("force_eager"):
+        example = prepare(train_set[[0]])
     latent_shape = example[0].shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
     resumed = checkpoints.newest_checkpoint(out)
@@ -406,6 +409,7 @@ def main() -> None:
         if rank == 0:
             durable.append(log_path, json.dumps(record) + "\n")
 
+    @torch.compiler.set_stance("force_eager")  # other batch sizes would each be compiled
     def validate(done: int, seconds: float) -> None:
         """Held-out loss and preview where they are due after `done` steps; on resuming, if they are not there."""
         if not len(val_set):
@@ -413,8 +417,7 @@ def main() -> None:
         resuming = done == start
         logged = resuming and agree(rank == 0 and durable.logged(log_path, done, "val_loss"), world)
         if due(done, args.val_every, args) and not logged:
-            with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled
-                raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
+            raw, averages = held_out_loss([model, ema], val_set, prepare, args, scale, rank, world).tolist()
             record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
             record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
             log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})

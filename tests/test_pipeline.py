@@ -86,6 +86,20 @@ def test_torchrun_archives_the_same(tree, archive, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch):
+    """As far as a graph goes without inductor's code."""
+    compiled, plain = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or plain(f, backend="aot_eager"))
+    shutil.copytree(archive, tmp_path / "a")
+    (tmp_path / "a" / "00000.safetensors").unlink()
+    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
+         "--batch_size", 36, "--compile")  # fmt: skip
+    assert compiled == ["features", "encode"]
+    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (tmp_path / "a", archive))
+    for key in theirs.keys() - {"crc32"}:
+        torch.testing.assert_close(ours[key].float(), theirs[key].float(), atol=2e-3, rtol=2e-3)
+
+
 def test_fp8_and_pca(tree, archive, tmp_path, capsys):
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
          "--patch_dtype", "fp8", "--pca", 64)  # fmt: skip
