@@ -158,22 +158,18 @@ def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.d
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
 
 
-def encode_ahead(batches, *how):
+def encode_ahead(batches, encoder, codec, args, device: torch.device):
     """`encode_views` of each batch, arrived. The next is under way by then: a GPU goes on while rows are put away."""
-
-    def arrived(rows: dict[str, Tensor], event) -> dict[str, Tensor]:
-        if event:
-            event.synchronize()
-        return rows
-
     ahead = deque()
-    for batch in batches:
-        rows = encode_views(batch, *how)
-        ahead.append((rows, torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None))
-        if len(ahead) == 2:
-            yield arrived(*ahead.popleft())
-    for each in ahead:
-        yield arrived(*each)
+    for batch in itertools.chain(batches, [None]):
+        if batch:
+            rows = encode_views(batch, encoder, codec, args, device)
+            ahead.append((rows, torch.cuda.current_stream().record_event() if device.type == "cuda" else None))
+        if len(ahead) == 2 or (ahead and not batch):
+            rows, event = ahead.popleft()
+            if event:
+                event.synchronize()
+            yield rows
 
 
 def stored(value: Tensor, form: str) -> Tensor:
