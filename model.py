@@ -127,7 +127,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
         emb = self.emb_layers(emb)
-        emb = emb + conv.bias.to(emb.dtype)  # added by itself, the bias would take a pass over all of h
+        emb = emb + conv.bias.to(emb.dtype)  # by itself the bias, and its gradient, would take a pass over all of h
         h = F.conv2d(silu(norm(x)), conv.weight, padding=1) + emb[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 

@@ -41,9 +41,9 @@ from tools.cli import HelpFormatter, InputError, require_positive, run_script, s
 
 BINS = 10  # of the loss by timestep
 # torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
-# SiLU then reads and writes as much memory as 5 activations take instead of 12 (tests/test_bench.py). The last is a
-# fusion for GPUs that fails an assertion of torch 2.14.1's ("64 v.s. 512") at some shapes.
+# SiLU then reads and writes as much memory as 5 activations take instead of 12 (tests/test_bench.py).
 COMPILE = {"realize_reads_threshold": 8, "realize_acc_reads_threshold": 16, "realize_opcount_threshold": 60}
+# a fusion for GPUs that fails an assertion of torch 2.14.1's ("64 v.s. 512") at some shapes
 COMPILE |= {"triton.mix_order_reduction": False}
 
 
@@ -382,7 +382,8 @@ def main() -> None:
     global_batch = args.batch_size * args.accumulate * world
 
     if args.compile:
-        model.unet.compile(options=COMPILE)  # in place: no _orig_mod in parameter names
+        # in place: no _orig_mod in parameter names; deterministic: no kernel is chosen by its time
+        model.unet.compile(options=COMPILE | {"deterministic": args.deterministic})
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None

@@ -15,16 +15,25 @@ import train
 from tools import bench
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+
 TRAIN = [*SMALL, "--device", "cuda", "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3]
 TRAIN += ["--val_every", 3, "--preview_every", 6, "--workers", 1]
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("flags", [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]])
-def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, flags):
+def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, monkeypatch, flags):
     command = ["--archive", archive, *TRAIN, "--deterministic", "--precision", *flags]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache a"))  # each chooses its kernels anew
     script("train", *command, "--out", tmp_path / "a", timeout=600)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "step_0000006")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache b"))
     script("train", *command, "--out", tmp_path / "b", timeout=600)
     assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
     averages = [weights(tmp_path / name) for name in "ab"]
@@ -38,7 +47,7 @@ def test_archives_agree(tree, archive, tmp_path, flags):
     shutil.copytree(archive, tmp_path / "a")
     (tmp_path / "a" / "00000.safetensors").unlink()
     script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 1, "--device", "cuda",
-           "--precision", "fp32", *flags, timeout=600)  # fmt: skip
+           "--batch_size", 20, "--precision", "fp32", *flags, timeout=600)  # fmt: skip
     ours, theirs = (load_file(folder / "00000.safetensors") for folder in (tmp_path / "a", archive))
     assert torch.equal(ours.pop("view_offset"), theirs.pop("view_offset"))
     for key in theirs.keys() - {"crc32"}:
@@ -62,15 +71,13 @@ def test_compiled_equals_eager(monkeypatch, batch):
     inputs = [torch.cat([x] * (batch // 2)).cuda() for x in inputs]
     unet.cuda().to(memory_format=torch.channels_last)
     eager = output_and_gradients(unet, inputs)
-    torch._dynamo.reset()
     unet.compile(options=train.COMPILE)
-    assert_equal(output_and_gradients(unet, inputs), eager)
-    torch._dynamo.reset()
+    assert_equal(output_and_gradients(unet, inputs), eager, 1e-4)  # cuDNN may choose another algorithm
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_waits_for_nothing(compiled):
-    """No tensor is looked at by the host within an optimiser step."""
+    """No tensor is looked at by the host within an optimiser step, of which tools.bench has a copy."""
     device, spec = torch.device("cuda", 0), {"cls_dim": 192, "feature_dim": 384, "tokens": 4}
     size = bench.SIZES["tiny"]
     model = bench.make_model(size, device, spec).train()
@@ -90,4 +97,3 @@ def test_a_step_waits_for_nothing(compiled):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch._dynamo.reset()

@@ -87,7 +87,7 @@ def test_torchrun_archives_the_same(tree, archive, tmp_path):
 
 
 def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch):
-    """As far as a graph goes without inductor's code."""
+    """By aot_eager: traced, without inductor's code."""
     compiled, plain = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or plain(f, backend="aot_eager"))
     shutil.copytree(archive, tmp_path / "a")

@@ -30,7 +30,8 @@ def run_script(main):
     except torch.OutOfMemoryError as error:
         end_bars()
         tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph of them
-        sys.exit(f"error: {tried}; a smaller --batch_size takes less, and train.py --checkpointing")
+        less = "a smaller --batch_size takes less (train.py: with more --accumulate), or --checkpointing"
+        sys.exit(f"error: {tried}; {less}")
     except (RuntimeError, ConnectionError, EOFError) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
