@@ -28,7 +28,7 @@ import sample
 from tools import pictures
 from tools.checkpoints import tensor_hash
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
-from tools.durable import write_atomically
+from tools.durable import write_jsonl
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
@@ -190,8 +190,7 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     for row, view in rows.items():
         lines |= evaluate_row(common | {"row": row}, pairs, lambda batch, f=view: [f(batch["cond"])], metrics, args)
     if args.rank == 0:
-        text = "".join(json.dumps(line) + "\n" for line in (open_table(Path(args.out)) | lines).values())
-        write_atomically(Path(args.out), lambda temporary: temporary.write_text(text))
+        write_jsonl(Path(args.out), (open_table(Path(args.out)) | lines).values())
     if args.grid and args.rank == 0:
         batch = load_pairs(pairs[:: max(1, len(pairs) // 8)][:8], size)
         images = [*zip(batch["cond"], batch["target"], next(predict(batch)), strict=True)]

@@ -16,7 +16,6 @@ each row); view_offset (objects+1,) int64. A shard appears whole or not at all; 
 
 import argparse
 import itertools
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,8 +81,15 @@ def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[st
     encoder = pretrained.ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
     encoder, codec = encoder.to(device), codec.to(device, memory_format=torch.channels_last)
     if args.compile:
-        encoder.features, codec.encode = torch.compile(encoder.features), torch.compile(codec.encode)
+        compile_frozen(encoder, codec)
     return encoder, codec
+
+
+def compile_frozen(encoder, codec=None) -> None:
+    """torch.compile what is run of them, in place."""
+    encoder.features = torch.compile(encoder.features)
+    if codec is not None:
+        codec.encode = torch.compile(codec.encode)
 
 
 # ------------------------------------------------------------------------------------------------------ the writer
@@ -152,21 +158,22 @@ def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.d
     GPU has encoded is still on its way."""
     with autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
-    rows = {key: stored(value, args.patch_dtype if key == "patch" else "fp16") for key, value in rows.items()}
-    out = {key: value.to("cpu", non_blocking=True) for key, value in rows.items()}
+    forms = {"patch": args.patch_dtype}
+    out = {k: stored(value, forms.get(k, "fp16")).to("cpu", non_blocking=True) for k, value in rows.items()}
     alpha = (255 * patch_cover(batch["alpha"], encoder.tokens)).round().to(torch.uint8)
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
 
 
 def encode_ahead(batches, encoder, codec, args, device: torch.device):
     """`encode_views` of each batch, arrived. The next is under way by then: a GPU goes on while rows are put away."""
-    ahead = deque()
+    ahead = None
     for batch in itertools.chain(batches, [None]):
+        before, ahead = ahead, None
         if batch:
             rows = encode_views(batch, encoder, codec, args, device)
-            ahead.append((rows, torch.cuda.current_stream().record_event() if device.type == "cuda" else None))
-        if len(ahead) == 2 or (ahead and not batch):
-            rows, event = ahead.popleft()
+            ahead = rows, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+        if before:
+            rows, event = before
             if event:
                 event.synchronize()
             yield rows

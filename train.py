@@ -34,7 +34,7 @@ import data
 import pretrained
 import sample
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from precompute_dino import add_encoder_flags, autocast, open_frozen
+from precompute_dino import add_encoder_flags, autocast, compile_frozen, open_frozen
 from tools import checkpoints, durable, pictures
 from tools.archives import json_checksum
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
@@ -218,7 +218,7 @@ def open_data(args, device: torch.device):
             encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
             frozen |= {"encoder": encoder.to(device).spec(), "tensors": pretrained.own_tensors(encoder)}
             if args.compile:
-                encoder.features = torch.compile(encoder.features)
+                compile_frozen(encoder)
         else:
             file = Path(args.archive) / "frozen.safetensors"
             frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
@@ -318,6 +318,7 @@ def main() -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch._inductor.config.deterministic = True  # no kernel is chosen by its time
     out = Path(args.out)
     if rank == 0:
         held = durable.lock(out, "--out")  # noqa: F841 (closing it would let go)
@@ -326,7 +327,7 @@ def main() -> None:
     # data, model, EMA, optimiser
     train_set, val_set, prepare, frozen = open_data(args, device)
     scale = frozen["codec"]["scale"]
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"):  # not of training's batch size
         example = prepare(train_set[[0]])
     latent_shape = example[0].shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
@@ -382,14 +383,17 @@ def main() -> None:
     global_batch = args.batch_size * args.accumulate * world
 
     if args.compile:
-        # in place: no _orig_mod in parameter names; deterministic: no kernel is chosen by its time
-        model.unet.compile(options=COMPILE | {"deterministic": args.deterministic})
+        model.unet.compile(options=COMPILE)  # in place: no _orig_mod in parameter names
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        # of MB; the compiler cuts its graph wherever DDP starts a bucket, 130 times for the paper's model by default
-        wrapped = DistributedDataParallel(model, ids, bucket_cap_mb=256, **options)
+        wrapped = DistributedDataParallel(
+            model,
+            ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=256,  # the compiler cuts its graph at each bucket: by default 130 for the paper's model
+        )
     positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
     options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step

@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import FROZEN, SMALL, script
 from PIL import Image
-from safetensors.torch import load_file
 from test_bench import assert_equal, output_and_gradients, small_unet
-from test_pipeline import log_lines, weights
+from test_pipeline import assert_close_shards, assert_same_run
 
 import train
 from tools import bench
@@ -35,11 +34,7 @@ def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, monkeypat
     shutil.rmtree(tmp_path / "b" / "step_0000006")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache b"))
     script("train", *command, "--out", tmp_path / "b", timeout=600)
-    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
-    averages = [weights(tmp_path / name) for name in "ab"]
-    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
-    states = [torch.load(tmp_path / n / "step_0000006" / "state.pt", "cpu", weights_only=True)["model"] for n in "ab"]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
@@ -48,10 +43,7 @@ def test_archives_agree(tree, archive, tmp_path, flags):
     (tmp_path / "a" / "00000.safetensors").unlink()
     script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 1, "--device", "cuda",
            "--batch_size", 20, "--precision", "fp32", *flags, timeout=600)  # fmt: skip
-    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (tmp_path / "a", archive))
-    assert torch.equal(ours.pop("view_offset"), theirs.pop("view_offset"))
-    for key in theirs.keys() - {"crc32"}:
-        torch.testing.assert_close(ours[key].float(), theirs[key].float(), atol=4e-3, rtol=4e-3)
+    assert_close_shards(tmp_path / "a", archive, 4e-3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning", "--shared_noise"]])

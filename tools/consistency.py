@@ -10,7 +10,6 @@ A line a (way, seed) goes to OUT; the table has their mean and standard deviatio
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from data import TAN_HALF_FOV
 from evaluate import psnr
 from tools import pictures
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
-from tools.durable import check_writable, write_atomically
+from tools.durable import check_writable, write_jsonl
 from tools.scores import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
@@ -122,7 +121,7 @@ def main() -> None:
         score, agree = np.nanmean(scores, axis=0)
         lines.append({"way": way, "seed": seed, "psnr": score, "agreement": agree, "objects": len(orbits),
                       "checkpoint": args.ckpt} | sample.sampler_flags(args))  # fmt: skip
-        write_atomically(out, lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
+        write_jsonl(out, lines)
     print(f"| {len(orbits)} orbits, {len(args.seeds)} seeds | PSNR | agreement |\n|---|---|---|")
     for way in WAYS:
         cells = [mean_and_spread([x[key] for x in lines if x["way"] == way]) for key in ("psnr", "agreement")]

@@ -57,6 +57,12 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
+def write_jsonl(path: Path, records) -> None:
+    """A line of JSON a record; the file appears whole or not at all. Raises InputError naming the path."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def append(path: Path, text: str) -> None:
     """Add to a log, flushed to disk. Raises InputError naming the path."""
     try:

@@ -7,7 +7,6 @@ that 200 steps of DDIM make of the same noise, which is the solver's own error. 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import sample
 import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
 from tools.cli import HelpFormatter, require_positive, run_script, set_up
-from tools.durable import check_writable, write_atomically
+from tools.durable import check_writable, write_jsonl
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
 CONVERGED = 200
@@ -69,7 +68,7 @@ def main() -> None:
             error = None if eta else psnr(made, limit).mean().item()
             lines.append({"way": way, "steps": steps, "psnr": psnr(made, targets).mean().item(), "to_converged": error,
                           "pairs": len(pairs), "scale": args.scale, "checkpoint": args.ckpt})  # fmt: skip
-        write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+        write_jsonl(log, lines)
     figure = Figure(figsize=(6, 2.6))
     labels = {"psnr": "PSNR to the true view (dB)", "to_converged": f"PSNR to {CONVERGED} steps of DDIM (dB)"}
     for ax, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
