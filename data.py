@@ -160,8 +160,13 @@ def list_objects(root: str | Path) -> list[str]:
         if twice := [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]:
             raise InputError(f"{listed}: {twice[0]!r} is listed twice")
     else:
-        walk = os.walk(root, followlinks=True)  # people collect objects by symbolic links
-        names = sorted(os.path.relpath(f, root) for f, _, files in walk if indexed(Path(f), (".npy",), files))
+        names = []
+        for folder, below, files in os.walk(root, followlinks=True):  # people collect objects by symbolic links
+            for path in [Path(folder, name) for name in below]:
+                if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):  # a loop
+                    below.remove(path.name)
+            names += [os.path.relpath(folder, root)] if indexed(Path(folder), (".npy",), files) else []
+        names.sort()
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
     return names

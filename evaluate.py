@@ -29,6 +29,7 @@ from tools import pictures
 from tools.checkpoints import tensor_hash
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.durable import write_jsonl
+from tools.scores import open_table
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
@@ -197,16 +198,6 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
         grid = pictures.labelled_grid(images, ["condition", "target", "sample"], scale=max(1, 128 // size))
         pictures.save_picture(Path(args.grid), grid)
     return lines
-
-
-def open_table(out: Path) -> dict[str, dict]:
-    """{id: line} of --out, which may not be there yet; makes OUT.pairs/. Raises InputError."""
-    try:
-        lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
-        Path(f"{out}.pairs").mkdir(parents=True, exist_ok=True)
-        return lines
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--out {out}: can't be written, or is another program's file ({error})") from None
 
 
 def main() -> None:

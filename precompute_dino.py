@@ -219,12 +219,6 @@ def storage_error(image: Tensor, encoder, args, device: torch.device) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def bytes_per_view(encoder, codec, args) -> int:
-    latent = codec.channels * (args.image_size // codec.factor) ** 2
-    patch = encoder.tokens * encoder.feature_dim * {"fp16": 2, "fp8": 1}[args.patch_dtype]
-    return 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48 + 48  # pose, crc32
-
-
 FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor", "image_size", "val_fraction")
 FLAGS += ("patch_dtype", "pca", "precision")
 
@@ -306,7 +300,7 @@ def main() -> None:
     if rank == 0:
         some = names[:256]
         views = sum(len(find_views(name, args, [])) for name in some) / len(some)
-        check_space(args.archive, sum(map(len, members.values())), views, bytes_per_view(encoder, codec, args))
+        check_space(args, sum(map(len, members.values())), views, encoder, codec)
         manifest |= {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec)}
         if not check_manifest(args, manifest):
             save_manifest(args.archive, manifest)

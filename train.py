@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import os
-import resource
 import signal
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, 
 from precompute_dino import add_encoder_flags, autocast, compile_frozen, open_frozen
 from tools import checkpoints, durable, pictures
 from tools.archives import json_checksum
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
+from tools.cli import HelpFormatter, InputError, agree, peak_memory, require_positive, run_script, set_up
 
 BINS = 10  # of the loss by timestep
 # torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
@@ -164,13 +163,6 @@ def binned(losses: Tensor, t: Tensor) -> Tensor:
     return torch.cat([losses.double().nan_to_num(0, 0, 0) @ member, member.sum(0)])
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB, of the device or, on the CPU, of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
 def flops_per_sample(model: NovelViewModel, condition: dict[str, Tensor]) -> int:
     """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
     shadow = copy.deepcopy(model).to("meta")
@@ -186,15 +178,6 @@ def due(done: int, every: int, args) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- data and the model
-
-
-def agree(flag: bool, world: int) -> bool:
-    """Whether any rank's flag is set; over gloo, so that no GPU is waited for."""
-    if world == 1:
-        return flag
-    reduced = torch.tensor(int(flag))
-    dist.all_reduce(reduced, dist.ReduceOp.MAX)
-    return bool(reduced)
 
 
 def open_data(args, device: torch.device):
@@ -359,22 +342,11 @@ def main() -> None:
     objects = f"{len(train_set)} ({json_checksum(train_set.names):08x})"  # how many, and which
     facts = {"processes": world, "objects": objects, "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
-        state, weights = resumed
-        changed = checkpoints.match_flags(args, facts, state["args"])
-        if changed and rank == 0:
-            print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
-        model.load_state_dict(state["model"])
-        ema.load_state_dict({k: v for k, v in weights.items() if k in state["model"]})
-        now = optimizer.state_dict()["param_groups"]  # by this time's flags
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": now})
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        state = checkpoints.restore(resumed, args, facts, rank, model, ema, optimizer, scaler)
         start, seconds = state["step"], state["seconds"]
-        if rank == 0:
-            checkpoints.point_at(out / f"step_{start:07d}")  # lest it was stopped before
         skips += state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)  # it may be lower now
         window += state["window"].to(device) if rank == 0 else 0
-        del state, weights, resumed
+        del state, resumed
     if agree(start > 0, world) and world > 1:  # an unreadable file may be so on one node only
         newest = torch.tensor(start)
         dist.broadcast(newest, 0)

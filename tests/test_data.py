@@ -157,6 +157,7 @@ def test_scan_finds_nested_and_linked_objects_and_the_list_overrides_it(tmp_path
         np.save(tmp_path / name / "000.npy", np.eye(3, 4))
     (tmp_path / "c").symlink_to(tmp_path / "b")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert data.list_objects(tmp_path) == ["a/10", "a/2", "b", "c"]
     (tmp_path / "valid_paths.json").write_text('["b", "a/2"]')
     assert data.list_objects(tmp_path) == ["b", "a/2"]
@@ -254,8 +255,13 @@ def test_a_full_gpu_is_one_line():
             "is free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF."
         )
 
+    def fill_for_a_product():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
     with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2.00 GiB; a smaller --batch"):
         run_script(fill)
+    with pytest.raises(SystemExit, match="^error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED .*; a smaller --batch"):
+        run_script(fill_for_a_product)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------

@@ -103,11 +103,13 @@ def check_manifest(args, manifest: dict) -> bool:
     return True
 
 
-def check_space(root: str, objects: int, views: float, size: int) -> None:
-    """Print what an archive of so many views an object, of so many bytes each, will take. Raises InputError when the
-    disk lacks it."""
-    need, free = objects * views * size, shutil.disk_usage(root).free
+def check_space(args, objects: int, views: float, encoder, codec) -> None:
+    """Print what so many objects of so many views each will take. Raises InputError when the disk lacks it."""
+    latent = codec.channels * (args.image_size // codec.factor) ** 2
+    patch = encoder.tokens * encoder.feature_dim * {"fp16": 2, "fp8": 1}[args.patch_dtype]
+    size = 2 * 2 * latent + 2 * encoder.cls_dim + patch + encoder.tokens + 48 + 48  # pose, crc32
+    need, free = objects * views * size, shutil.disk_usage(args.archive).free
     what = f"{objects} objects x {views:.1f} views x {size:,} bytes"
     print(f"{what} = {need / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free")
     if need > free:
-        raise InputError(f"--archive {root}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
+        raise InputError(f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")

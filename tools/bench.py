@@ -34,7 +34,7 @@ import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from tools import archives
-from tools.cli import HelpFormatter, run_script, set_up
+from tools.cli import HelpFormatter, peak_memory, run_script, set_up
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -258,7 +258,7 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     record |= {"samples_per_second": rate, "gflop_per_sample": flops / 1e9, "tflops": rate * flops / 1e12}
     record |= {"matmul_tflops": matmul, "mfu": rate * flops / 1e12 / matmul, "compile_seconds": compiling}
     record |= {"parameters": sum(p.numel() for p in model.parameters()), "feature_dim": spec["feature_dim"]}
-    record |= {"memory_gb": train.peak_memory(device) if cuda else None}
+    record |= {"memory_gb": peak_memory(device) if cuda else None}
     return record | ({"profile_ms": profile(step, device)} if args.profile else {})
 
 

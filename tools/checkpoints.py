@@ -186,6 +186,23 @@ def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
     return None
 
 
+def restore(resumed: tuple[dict, dict], args, facts: dict, rank: int, model, ema, optimizer, scaler) -> dict:
+    """Fill all four from `newest_checkpoint`'s, hold its flags against these (`match_flags`), and return its state."""
+    state, weights = resumed
+    changed = match_flags(args, facts, state["args"])
+    if changed and rank == 0:
+        print("resuming with what differs from the checkpoint:", *changed, sep="\n  ")
+    model.load_state_dict(state["model"])
+    ema.load_state_dict({k: v for k, v in weights.items() if k in state["model"]})
+    now = optimizer.state_dict()["param_groups"]  # by this time's flags
+    optimizer.load_state_dict(state["optimizer"] | {"param_groups": now})
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    if rank == 0:
+        point_at(Path(args.out) / f"step_{state['step']:07d}")  # lest it was stopped before
+    return state
+
+
 def match_flags(args, facts: dict, saved: dict) -> list[str]:
     """Hold flags and facts against those of the checkpoint: recompute accumulation, return what changed, in words."""
     changed = {k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v}

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import resource
 import signal
 import sys
 from datetime import timedelta
@@ -27,12 +28,12 @@ def run_script(main):
         message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
         end_bars()
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
-    except torch.OutOfMemoryError as error:
-        end_bars()
-        tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph of them
-        less = "a smaller --batch_size takes less (train.py: with more --accumulate), or --checkpointing"
-        sys.exit(f"error: {tried}; {less}")
     except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error):  # cuBLAS's, cuDNN's
+            end_bars()
+            tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph
+            less = "a smaller --batch_size takes less (train.py: with more --accumulate), or --checkpointing"
+            sys.exit(f"error: {tried}; {less}")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
@@ -91,6 +92,22 @@ def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.devic
         return device, 0, 1
     dist.init_process_group(backend, timeout=timedelta(days=2) if backend == "gloo" else None)
     return device, dist.get_rank(), dist.get_world_size()
+
+
+def agree(flag: bool, world: int) -> bool:
+    """Whether any rank's flag is set; over gloo, so that no GPU is waited for."""
+    if world == 1:
+        return flag
+    reduced = torch.tensor(int(flag))
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return bool(reduced)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB, of the device or, on the CPU, of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
 SPECS = {

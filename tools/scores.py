@@ -23,6 +23,16 @@ def read_lines(path: str | Path) -> list[dict]:
         raise InputError(f"{path}: unreadable ({error})") from None
 
 
+def open_table(out: Path) -> dict[str, dict]:
+    """{id: line} of evaluate.py's --out, which may not be there yet; makes OUT.pairs/. Raises InputError."""
+    try:
+        lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+        Path(f"{out}.pairs").mkdir(parents=True, exist_ok=True)
+        return lines
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"--out {out}: can't be written, or is another program's file ({error})") from None
+
+
 def read_scores(args, alike: list[str], rows: tuple[str, ...] = ("samples",)) -> list[dict]:
     """--eval's lines on runs that fulfil --where, with training's flags as "train.*" and "samples" as seen in training.
     Raises InputError when they differ in one of the keys `alike`."""
