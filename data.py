@@ -311,6 +311,9 @@ class Archive(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"maps": {}}  # workers that are not forked would be sent whole shards
+
     def map(self, shard: int) -> None:
         """Memory-map a shard's tensors, if they are not yet: what is not touched is not read. Raises InputError."""
         path = shard_path(self.root, shard)

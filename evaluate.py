@@ -26,6 +26,7 @@ import data
 import pretrained
 import sample
 from tools import pictures
+from tools.archives import list_id
 from tools.checkpoints import tensor_hash
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.durable import write_jsonl
@@ -175,13 +176,18 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs)
     files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
+    if args.split != "all" and args.rank == 0:
+        if meta.get("objects", listed := list_id(data.list_objects(args.data))) != listed:
+            print(f"WARNING: {path} was trained on another list of objects: --split {args.split} may mean others, too")
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}
     common |= {"lpips_net": args.lpips if "lpips" in metrics else None, "mse_range": [-1, 1], "ssim_window": 11}
+    common["lpips_sha256"] = tensor_hash(metrics["lpips"].state_dict()) if "lpips" in metrics else None
     own = common | sample.sampler_flags(args) | {"seed": args.seed, "samples": args.samples, "ema": True}
     own |= {"checkpoint": path, "step": meta.get("step"), "seconds": meta.get("seconds"), "run_args": meta.get("args")}
     own |= {"weights_sha256": tensor_hash(model.state_dict())}
+    own |= {f"{part}_sha256": meta[part]["sha256"] for part in ("encoder", "codec")}
     rows = baselines(args.data, fraction, size)  # here, lest an error come after hours of sampling
     others = shuffled(pairs, args.seed) if args.shuffled else None
     predict = partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)

@@ -276,7 +276,10 @@ def main() -> None:
 
     members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
                for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
-    members = {s: shard for s, shard in members.items() if not shard_path(args.archive, s).exists()}
+    box = [{s: shard for s, shard in members.items() if not shard_path(args.archive, s).exists()}]
+    if world > 1:
+        dist.broadcast_object_list(box)  # a network's file system may show nodes different shards
+    members = box[0]
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"

@@ -188,8 +188,8 @@ def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
 class ImageEncoder(nn.Module):
     """A frozen timm ViT (3.3): image (B, 3, H, W) in [-1, 1] -> cls (B, cls_dim), patch (B, T, feature_dim) or None.
 
-    weights: "pretrained" (timm's, from the hub), "random", a file (timm's names, DINOv2's original, OpenAI's or
-        transformers' CLIP, a zero123 checkpoint), a diffusers folder, or the tensors of an earlier `.vit`.
+    weights: "pretrained" (timm's, from the hub), "random", a file (timm's names, DINOv2's original, CLIP in OpenAI's
+        names or transformers', a zero123 checkpoint), a diffusers folder, or the tensors of an earlier `.vit`.
     layers: blocks whose patch tokens are kept, counted from 0, rising; () for none.
     pca: {"mean": (K0,), "components": (K0, K)} for the patch features.
     Further arguments go to timm.create_model. Raises InputError for what the user can mend.
@@ -218,7 +218,8 @@ class ImageEncoder(nn.Module):
             load_vit(vit, name, weights)
         positions, grid = vit.pos_embed, vit.patch_embed.grid_size
         vit.set_input_size((image_size, image_size))
-        # as its authors resample: DINOv2 (original, transformers) without antialias; with registers, with it, as timm
+        # as transformers for DINOv2, without antialias; for DINOv2 with registers, and others, as timm, with it
+        # Deviation: without registers DINOv2's own code adds .1 to the new size, and samples up to .2 of a cell off.
         antialias, prefix = "dinov2" not in name or "reg" in name, 0 if vit.no_embed_class else vit.num_prefix_tokens
         new = resample_abs_pos_embed(positions.detach(), vit.patch_embed.grid_size, grid, prefix, antialias=antialias)
         vit.pos_embed = nn.Parameter(new)

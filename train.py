@@ -35,7 +35,7 @@ import sample
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from precompute_dino import add_encoder_flags, autocast, compile_frozen, open_frozen
 from tools import checkpoints, durable, pictures
-from tools.archives import json_checksum
+from tools.archives import list_id
 from tools.cli import HelpFormatter, InputError, agree, peak_memory, require_positive, run_script, set_up
 
 BINS = 10  # of the loss by timestep
@@ -114,6 +114,9 @@ def parse_args() -> argparse.Namespace:
     positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr clip context_dim "
     positive += "image_size encoder_size pixels_factor"
     require_positive(args, *positive.split(), "max_skips", "val_pairs")
+    for key in ("lr", "lr_min", "cc_lr", "warmup", "weight_decay", "t_std"):
+        if not 0 <= getattr(args, key) < math.inf:
+            raise InputError(f"--{key} {getattr(args, key)}: must be finite and not negative")
     if not (args.online or args.archive) or args.online != bool(args.data):
         raise InputError("give --archive, or --online with --data, or all three")
     if not 0 <= args.cond_dropout <= 1 / 3:
@@ -122,6 +125,8 @@ def parse_args() -> argparse.Namespace:
         raise InputError(f"--ema {args.ema}: between 0 and 1")
     if min(args.channel_mult) < 1:
         raise InputError(f"--channel_mult {args.channel_mult}: whole numbers above 0")
+    if strange := set(args.attention) - {2**stage for stage in range(max(3, len(args.channel_mult)))}:
+        raise InputError(f"--attention {min(strange)}: no stage is downsampled so; they are by 1, 2, 4, ...")
     if not -5 * args.t_std < args.t_mean < TIMESTEPS + 5 * args.t_std:
         raise InputError(f"--t_mean {args.t_mean}: within 5 --t_std of 0 to {TIMESTEPS}")
     return args
@@ -143,6 +148,13 @@ def learning_rate(step: int, args) -> float:
 def ema_decay(step: int, cap: float) -> float:
     """Zero-1-to-3's (LDM's) warm-up of the EMA, counted in optimiser steps from 0."""
     return min(cap, (1 + step) / (10 + step))
+
+
+@torch.no_grad()  # the weights have gradients: a graph of all updates would grow with every step
+def update_ema(averaged: list[Tensor], trained: list[Tensor], decay: float) -> None:
+    """EMA of all that trains, once an optimiser step (A.1): averaged = decay * averaged + (1 - decay) * trained."""
+    # Deviation: Zero-1-to-3 leaves out cc_projection and counts micro-batches.
+    torch._foreach_lerp_(averaged, trained, 1 - decay)
 
 
 def step_draws(seed: int, step: int, global_batch: int, shape: tuple, device: torch.device) -> tuple[Tensor, ...]:
@@ -193,10 +205,12 @@ def open_data(args, device: torch.device):
         val_set = data.ImagePairs(args.data, val, args.image_size, 0, args.skip_bad)
         frozen = {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec), "image_size": args.image_size,
                   "val_fraction": args.val_fraction, "tensors": pretrained.own_tensors(encoder)}  # fmt: skip
+        frozen["objects"] = list_id(names)
     else:
         train_set = data.Archive(args.archive, "train", args.seed, args.data, args.amalgamate)
         val_set = data.Archive(args.archive, "val", 0, args.data, args.amalgamate)
         frozen = {key: train_set.manifest[key] for key in ("encoder", "codec", "image_size", "val_fraction")}
+        frozen["objects"] = list_id(train_set.manifest["objects"])
         if args.online:  # archived latents, features as training goes
             encoder = pretrained.ImageEncoder(args.encoder, args.weights, tuple(args.layers), args.encoder_size)
             frozen |= {"encoder": encoder.to(device).spec(), "tensors": pretrained.own_tensors(encoder)}
@@ -316,7 +330,7 @@ def main() -> None:
     model = build_model(args, frozen, latent_shape[-1])
     resumed = checkpoints.newest_checkpoint(out)
     if args.init and not resumed:
-        checkpoints.check_init(model, args.init)
+        checkpoints.check_init(model, args.init, frozen["encoder"])
         pretrained.load_pretrained(model, pretrained.read_weights(args.init, ("unet", "cc_projection")))
     codec = None
     if rank == 0 and args.preview_every and len(val_set):
@@ -339,8 +353,7 @@ def main() -> None:
     window = torch.zeros(2 * BINS, dtype=torch.float64, device=device)  # losses by timestep since the last log line
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
-    objects = f"{len(train_set)} ({json_checksum(train_set.names):08x})"  # how many, and which
-    facts = {"processes": world, "objects": objects, "frozen": [*encoders, frozen["image_size"]]}
+    facts = {"processes": world, "objects": list_id(train_set.names), "frozen": [*encoders, frozen["image_size"]]}
     if resumed:
         state = checkpoints.restore(resumed, args, facts, rank, model, ema, optimizer, scaler)
         start, seconds = state["step"], state["seconds"]
@@ -437,7 +450,7 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, args.ema))
+        update_ema(averaged, trained, ema_decay(step, args.ema))
         # ---------------------------------------------------------------------------------------------------------
         done = step + 1
         in_a_row = torch.where(skips[0] < args.max_skips, (skips[0] + 1) * overflow, skips[0])  # at the bound it stays

@@ -228,6 +228,20 @@ def test_rerunning_goes_on_where_it_was_stopped(scored, run, tree, tmp_path, mon
         assert len(out.read_text().splitlines()) == len(ROWS)
 
 
+def test_another_list_of_objects_is_noticed(run, tree, tmp_path, capsys):
+    """Its split is another, and may hold objects of the training."""
+    flags = ["--ckpt", run, *FLAGS, "--pairs", 1, "--out", tmp_path / "e"]
+    call(evaluate, *flags, "--data", tree)
+    assert "WARNING" not in capsys.readouterr().out
+    (tmp_path / "tree").mkdir()
+    for folder in sorted(tree.glob("0*"))[1:]:
+        (tmp_path / "tree" / folder.name).symlink_to(folder)
+    call(evaluate, *flags, "--data", tmp_path / "tree")
+    assert "was trained on another list of objects: --split val may" in capsys.readouterr().out
+    call(evaluate, *flags, "--data", tmp_path / "tree", "--split", "all")
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_seed_eta_scale_and_steps_change_the_samples(run, tree, tmp_path):
     found = []
     for change in ([], ["--seed", 1], ["--eta", 0], ["--scale", 2], ["--steps", 2]):

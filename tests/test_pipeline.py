@@ -188,6 +188,14 @@ def test_learning_rate_and_ema_by_hand():
     assert train.ema_decay(10**6, 0.9999) == 0.9999
 
 
+def test_the_ema_has_no_history():
+    """A graph of every update would take memory with each step."""
+    averaged, trained = [torch.zeros(3)], [torch.nn.Parameter(torch.ones(3))]
+    for _ in range(2):
+        train.update_ema(averaged, trained, 0.75)
+    assert averaged[0].tolist() == [0.4375] * 3 and not averaged[0].requires_grad
+
+
 def test_ema_follows_the_raw_weights(run, archive, tmp_path):
     """One step from the checkpoint at 3, by hand: decay 4/13 of the old average, 9/13 of the new weights."""
     shutil.copytree(run, tmp_path / "run")
@@ -394,6 +402,10 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
         rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
         assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
         assert image[:, 0, 0].tolist() == [1, 1, 1]
+    deep = np.full((90, 9000), 65535, np.uint16)  # which PIL can't shrink by its usual way
+    deep[30:60, 3000:6000] = 20000
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert pictures.load_photo(tmp_path / "deep.png", 64).min() < 0
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "busy.png")
     with pytest.raises(InputError, match="busy.png"):
@@ -536,6 +548,10 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
         ("train", ["--archive", archive, "--out", run, *SMALL, "--width", 64, "--batch_size", 4], "--width"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--batch_size", 5], "--batch_size 5"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--lr", "nan"], "--lr nan"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--lr_min", "-1"], "--lr_min -1"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--t_std", "inf"], "--t_std inf"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--attention", "1", "3"], "--attention 3"),
+        ("train", ["--archive", archive, "--out", run, *SMALL, "--seed", str(2**63)], f"--seed {2**63}"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--channel_mult", 0, 1], "--channel_mult"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--t_mean", 3000, "--t_std", 100], "--t_mean 3000"),
         ("train", ["--archive", archive, "--out", tmp_path / "r", *SMALL, "--device", "meta"], "--device meta"),

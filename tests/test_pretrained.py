@@ -7,6 +7,7 @@ import copy
 import os
 import pickle
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -409,10 +410,12 @@ def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
     for name, value in ours.state_dict().items():
         other = "amalgamation" in name or "cc_projection" in name
         assert torch.equal(value, before[name] if other else theirs.state_dict()[name]), name
-    checkpoints.check_init(ours, run)
+    assert checkpoints.check_init(ours, run, meta["encoder"]) is None and not capsys.readouterr().out
+    checkpoints.check_init(ours, run, meta["encoder"] | {"layers": [1]})
+    assert "another image encoder, or other layers" in capsys.readouterr().out
     for key, value in (("prediction", "eps"), ("num_heads", 8)):
         with pytest.raises(InputError, match=f"--init .*its {key} is"):
-            checkpoints.check_init(NovelViewModel(**(args | {key: value})), str(run))
+            checkpoints.check_init(NovelViewModel(**(args | {key: value})), str(run), meta["encoder"])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -515,6 +518,15 @@ def test_malicious_pickle_is_refused_by_name_and_not_run(tmp_path, call, name):
     assert not victim.exists()
 
 
+def test_a_program_in_place_of_weights_is_named(tmp_path):
+    """OpenAI publishes CLIP as TorchScript; torch says so, and this says what to take."""
+    with zipfile.ZipFile(tmp_path / "clip.pt", "w") as file:
+        for name in ("data.pkl", "constants.pkl", "version", "code/x.py"):
+            file.writestr(f"clip/{name}", b"3")
+    with pytest.raises(InputError, match=r"clip.pt: a program \(TorchScript\), not weights; take those that timm"):
+        pretrained.read_tensors(tmp_path / "clip.pt")
+
+
 def test_damaged_and_foreign_checkpoints_get_one_line(tmp_path):
     tensors = {"model.diffusion_model.x": torch.randn(1000)}
     save_file(tensors, tmp_path / "cut.safetensors")
@@ -588,10 +600,10 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
     four = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, num_heads=4, **shape)
     convert.write_diffusers(tmp_path / "hf", four, vae)  # its config.json holds the heads, the .ckpt would not
     with pytest.raises(InputError, match="--init .*num_heads is 4, here it is 8"):
-        checkpoints.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"))
+        checkpoints.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"), encoder.spec())
     (tmp_path / "flat").mkdir()
     shutil.copy(tmp_path / "hf" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "flat")
-    checkpoints.check_init(model, str(tmp_path / "flat"))
+    checkpoints.check_init(model, str(tmp_path / "flat"), encoder.spec())
     assert pretrained.read_weights(tmp_path / "flat")
     opened = pretrained.load_checkpoint(tmp_path / "hf", encoder_weights=tmp_path / "zero123.ckpt")[0]
     assert opened.unet.middle_block[1].transformer_blocks[0].attn1.num_heads == 4

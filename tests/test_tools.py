@@ -103,6 +103,26 @@ def test_wrong_flags_fail_before_the_hour(tool, tmp_path):
     assert (tmp_path / "x.jsonl").read_text() == "kept"
 
 
+def test_the_ablation_stops_where_its_training_was_stopped(tmp_path):
+    """A Ctrl-C ends train.py with a checkpoint and 0; what was half trained must not be scored."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in train.py*) mkdir -p {tmp_path}/out/$STOP; '
+                    f"touch {tmp_path}/out/$STOP/preempted;; esac\n")  # fmt: skip
+    stub.chmod(0o755)
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for stop, trained, scored in (("pretrained", 1, 0), ("runs/uniform-0", 2, 0), ("none", 4, 3)):
+        (tmp_path / "calls").write_text("")
+        env = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "SEEDS": "0", "MEANS": "0", "STDS": ""}
+        for name in ("uniform-0", "mean0-0", "amalgamate-0"):
+            (tmp_path / "out" / "runs" / name).mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["bash", ROOT / "tools/ablation.sh"], env=env | {"STOP": stop}, timeout=60)
+        calls = (tmp_path / "calls").read_text()
+        assert (calls.count("train.py"), calls.count("evaluate.py")) == (trained, scored)
+        assert (done.returncode == 0) == (stop == "none")
+        for file in (tmp_path / "out").rglob("preempted"):
+            file.unlink()
+
+
 def test_slurm_takes_both_spellings_of_out_and_requeues(tmp_path):
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "srun").write_text("#!/bin/sh\nsleep 0.3\ntouch run/preempted\nexit 1\n")

@@ -24,14 +24,22 @@ test -e "$OUT/data" || { rm -rf "$OUT/data.part" && mkdir -p "$OUT" &&
 $PYTHON precompute_dino.py --data "$OUT/data" --archive "$OUT/archive" --codec pixels --pixels_factor "$FACTOR" \
     --image_size "$PX" --val_fraction 0.0625 --encoder vit_tiny_patch16_224 --weights random --layers 3 7 11 \
     --encoder_size 64 --precision fp32 --workers "$WORKERS"
-$PYTHON train.py $COMMON --out "$OUT/pretrained" --unconditional --no-amalgamate --t_sampling uniform --steps "$PRETRAIN" \
+
+training() {  # RUN FLAGS...; stops the study where a signal, Ctrl-C say, stopped it
+    local run=$1
+    shift
+    $PYTHON train.py $COMMON --out "$run" "$@"
+    test ! -e "$run/preempted"
+}
+
+training "$OUT/pretrained" --unconditional --no-amalgamate --t_sampling uniform --steps "$PRETRAIN" \
     --lr 1e-3 --warmup 100 --ema 0.999
 
 row() {  # NAME SEED FLAGS...: finetune, then score
     local run="$OUT/runs/$1-$2" seed=$2
     shift 2
     test -e "$run/scored" && return
-    $PYTHON train.py $COMMON --out "$run" --init "$OUT/pretrained" --seed "$seed" --steps "$STEPS" --lr 5e-4 --cc_lr 3 \
+    training "$run" --init "$OUT/pretrained" --seed "$seed" --steps "$STEPS" --lr 5e-4 --cc_lr 3 \
         --warmup 20 --ema 0.99 "$@"
     $PYTHON evaluate.py --ckpt "$run" --data "$OUT/data" --pairs "$PAIRS" --steps 20 --scale 1 --lpips none \
         --device "$DEVICE" --workers "$WORKERS" --out "$OUT/eval.jsonl"

@@ -54,6 +54,11 @@ def json_checksum(value) -> int:
     return zlib.crc32(json.dumps(value).encode())
 
 
+def list_id(names: list[str]) -> str:
+    """How many objects, and which: 512 (00c0ffee)."""
+    return f"{len(names)} ({json_checksum(names):08x})"
+
+
 def checksum(key: str, tensor: Tensor) -> int:
     """CRC-32 of a tensor, with its name and type: safetensors has none."""
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode()))

@@ -214,7 +214,7 @@ def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, preci
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not plain:
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
+            train.update_ema(averaged, trained, decay)
 
     return step
 

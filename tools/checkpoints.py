@@ -105,8 +105,9 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_init(model: NovelViewModel, source: str) -> None:
-    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show."""
+def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
+    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show; says so where it
+    knew other features than this encoder's."""
     path, config = Path(source), Path(source, "unet", "config.json")
     file = find_weights(path) if (path / "latest").is_file() or (path / "model.safetensors").exists() else path
     meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
@@ -114,6 +115,8 @@ def check_init(model: NovelViewModel, source: str) -> None:
     for key, value in theirs.items():
         if value != model.args[key]:
             raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
+    if meta and any(meta["encoder"].get(key) != encoder[key] for key in ("sha256", "layers")):
+        print(f"init: {source} was trained with another image encoder, or other layers of it")
 
 
 def diffusers_heads(config: Path) -> dict[str, int]:

@@ -55,7 +55,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with each flag's default, where it has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
@@ -66,6 +67,8 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
     for flag in ("seed", "workers", "orbit", "save_x0"):
         if getattr(args, flag, 0) < 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must not be negative")
+    if getattr(args, "seed", 0) >= 2**63:
+        raise InputError(f"--seed {args.seed}: below 2^63")
 
 
 def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.device, int, int]:

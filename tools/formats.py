@@ -164,6 +164,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if unsafe:
             raise InputError(f"{path}: refused, its pickle asks for {unsafe[1]}, which weights do not need") from None
+        if "TorchScript" in str(error):  # OpenAI's own CLIP file
+            raise InputError(f"{path}: a program (TorchScript), not weights; take those that timm publishes") from None
         raise InputError(f"{path}: truncated, or no checkpoint that reads safely ({type(error).__name__})") from None
     for key in ("state_dict", "model"):
         loaded = loaded[key] if isinstance(loaded, dict) and isinstance(loaded.get(key), dict) else loaded
@@ -281,7 +283,7 @@ def from_hub(repo: str, patterns: list[str], flag: str) -> Path:
         offline = True
     try:
         return Path(hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whichever HTTP library it uses
         what = f"{repo}: neither here nor to be had from the hub ({type(error).__name__})"
         names = ", ".join(patterns[:: max(1, len(patterns) // 4)])
         raise InputError(f"{what}: fetch https://huggingface.co/{repo} ({names}) and give {flag}") from None

@@ -39,7 +39,7 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     object can be told from the background.
     """
     photo = data.open_image(path)
-    photo.thumbnail((2048, 2048))  # a telephone's would take gigabytes
+    photo.thumbnail((2048, 2048), reducing_gap=None)  # a telephone's would take gigabytes; 16 bits have no reduce()
     rgb, alpha = data.composite(photo)
     if not crop:
         return fit(rgb, 0, size)

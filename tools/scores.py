@@ -10,7 +10,8 @@ from tools.cli import InputError
 
 LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
-ALIKE = "data files split protocol pairs image_size lpips_net sampler steps eta scale seed precision".split()
+ALIKE = "data files split protocol pairs image_size lpips_net lpips_sha256".split()
+ALIKE += "sampler steps eta scale seed precision".split()
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
 WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="by evaluate.py's settings, else train.py's (train.KEY)")
 
