@@ -1,6 +1,6 @@
 """Score novel views on fixed pairs of held-out objects, beside baselines: MSE, PSNR, SSIM, LPIPS (section 4).
 
-    python evaluate.py --ckpt runs/demo --data data/shapes --pairs 32 --steps 20 --lpips none --shuffled    # a CPU
+    python evaluate.py --ckpt out/demo --data out/demo/data --pairs 32 --steps 20 --lpips none --shuffled  # a CPU
     python evaluate.py --ckpt runs/full --data DIR --split val                                              # one GPU
     torchrun --nproc_per_node 8 evaluate.py --ckpt runs/full runs/baseline --data DIR --protocol first --samples 3
 
@@ -212,14 +212,14 @@ def main() -> None:
     sample.add_checkpoint_flags(group, nargs="+")
     group = parser.add_argument_group("pairs")
     group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
-    group.add_argument("--split", choices=["val", "train", "all"], default="val", help="objects, in list order")
+    group.add_argument("--split", choices=["val", "train", "all"], default="val", help="which objects to score")
     group.add_argument("--val_fraction", type=float, help="share of objects held out; default: the checkpoint's")
-    group.add_argument("--protocol", choices=["pairs", "first"], default="pairs", help="random, or first to all others")
+    group.add_argument("--protocol", choices=["pairs", "first"], default="pairs", help="random, or view 0 to the rest")
     group.add_argument("--pairs", type=int, help="at most so many; default: one an object, or all of --protocol first")
     group.add_argument("--shuffled", action="store_true", help="also give the model other pairs' camera moves")
     group = parser.add_argument_group("sampler")
     sample.add_sampler_flags(group)
-    group.add_argument("--samples", type=int, default=1, help="of each pair")
+    group.add_argument("--samples", type=int, default=1, help="samples a pair")
     group.add_argument("--batch_size", type=int, default=16, help="pairs at a time, a process")
     group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
     group = parser.add_argument_group("output (MSE is of images in [-1,1]: the paper does not state its range)")

@@ -61,7 +61,7 @@ def add_encoder_flags(group) -> None:
     group.add_argument("--weights", default="pretrained", help="encoder's weights: pretrained, random, or a file")
     group.add_argument("--encoder_size", type=int, default=224, help="the encoder's input in pixels: 16x16 patches")
     group.add_argument("--layers", type=int, nargs="*", default=[5, 11, 17, 23], help="encoder blocks whose patch "
-                       "features are kept, from shallow to deep (3.3 gives no numbers; ours)")  # fmt: skip
+                       "features are kept, from 0, shallow to deep (3.3 gives no numbers; ours)")  # fmt: skip
     group.add_argument("--codec", choices=["sd", "pixels"], default="sd", help="SD's VAE, or lossless space-to-depth")
     group.add_argument("--pixels_factor", type=int, default=4, help="downsampling of --codec pixels")
     group.add_argument("--vae", help="weights of --codec sd: any Stable Diffusion checkpoint or VAE, or a hub name")

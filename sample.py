@@ -1,6 +1,6 @@
 """Generate views of an object from one image of it: DDIM (Song et al. 2020a; equation 3) or DPM-Solver++(2M), guided.
 
-    python sample.py --ckpt runs/demo --image photo.png --azimuth 30 60 90 --device cpu     # a CPU, small model
+    python sample.py --ckpt out/demo --image photo.png --azimuth 30 60 90 --device cpu      # a CPU, make demo's
     python sample.py --ckpt runs/full --image photo.png --orbit 12                          # one GPU
     python sample.py --ckpt runs/full --image photos/ --azimuth 90 --elevation 20 --steps 50 --scale 3
     python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning    # for consistency
@@ -170,7 +170,7 @@ def move_between(a: Tensor, b: Tensor) -> Tensor:
 def add_sampler_flags(group) -> None:
     """Flags shared by sample.py, evaluate.py and tools/."""
     group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
-    group.add_argument("--steps", type=int, default=50, help="DDIM steps (figure 1: 200; Zero-1-to-3's demo: 75)")
+    group.add_argument("--steps", type=int, default=50, help="sampling steps (figure 1: 200; Zero-1-to-3's demo: 75)")
     group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
     group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -208,7 +208,7 @@ def main() -> None:
                        "Zero-1-to-3 does; --no-crop for renders framed as in training")  # fmt: skip
     group.add_argument("--azimuth", type=float, nargs="+", default=[0.0], help="degrees, counter-clockwise from above")
     group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
-    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change of the camera's distance")
+    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="away (training is at 1.5 to 2.2)")
     group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
     group = parser.add_argument_group("sampler")
     add_sampler_flags(group)

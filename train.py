@@ -56,13 +56,13 @@ def parse_args() -> argparse.Namespace:
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
     flag("--skip_bad", action="store_true", help="with --online alone: pass over unreadable objects, and name them")
     flag("--workers", type=int, default=4, help="processes that read data, a rank")
-    frozen = "what is frozen (an archive's manifest says it; --online takes the encoder from here)"
+    frozen = "what is frozen (read with --online; from an archive only --vae, for previews, where the VAE has moved)"
     add_encoder_flags(parser.add_argument_group(frozen))
 
     flag = parser.add_argument_group("model (the defaults are Stable Diffusion 1.x)").add_argument
     flag("--init", help="weights to start from, a file, folder or hub name: Stable Diffusion's, Zero-1-to-3's, ours")
     flag("--width", type=int, default=320, help="the UNet's channels at full resolution")
-    flag("--channel_mult", type=int, nargs="+", default=[1, 2, 4, 4], help="their multiple a stage")
+    flag("--channel_mult", type=int, nargs="+", default=[1, 2, 4, 4], help="each stage's channels, by --width")
     flag("--res_blocks", type=int, default=2, help="residual blocks a stage")
     flag("--attention", type=int, nargs="*", default=[1, 2, 4], help="downsampling factors with attention")
     flag("--heads", type=int, default=8, help="attention heads")
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
     flag = parser.add_argument_group("diffusion").add_argument
     flag("--prediction", choices=["eps", "v"], default="eps", help="eps (eq. 2), or v (ours: to train from scratch)")
-    flag("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="3.2; from scratch take uniform")
+    flag("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="3.2; from scratch: uniform")
     flag("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
     flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
     flag("--cond_dropout", type=float, default=0.05, help="p: of the samples, 2p lose the context, 2p the condition "
@@ -81,13 +81,13 @@ def parse_args() -> argparse.Namespace:
 
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
-    flag("--batch_size", type=int, default=48, help="samples a process and micro-batch (A.1)")
-    flag("--accumulate", type=int, default=4, help="micro-batches a step (A.1; on 8 GPUs 1536 samples)")
+    flag("--batch_size", type=int, default=48, help="samples a micro-batch and process (A.1)")
+    flag("--accumulate", type=int, default=4, help="micro-batches a step (A.1; 48 x 4 x 8 GPUs: 1536 samples)")
     flag("--lr", type=float, default=1e-4, help="base learning rate (A.1)")
     flag("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
     flag("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after warm-up (3.4, A.1)")
     flag("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
-    flag("--cc_lr", type=float, default=1, help="cc_projection's learning rate over --lr (Zero-1-to-3: 10)")
+    flag("--cc_lr", type=float, default=1, help="multiple of --lr for cc_projection (Zero-1-to-3: 10)")
     flag("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
     flag("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; ours)")
     flag("--ema", type=float, default=0.9999, help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)")
@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     flag("--keep", type=int, default=2, help="newest checkpoints kept")
     flag("--keep_every", type=int, default=0, help="checkpoints at multiples of this stay for good; 0: none")
     flag("--val_every", type=int, default=1000, help="steps between held-out losses; 0: none")
-    flag("--val_pairs", type=int, default=256, help="held-out pairs in it")
+    flag("--val_pairs", type=int, default=256, help="held-out pairs that this loss is averaged over")
     flag("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
     args = parser.parse_args()
 

@@ -1,6 +1,6 @@
 """A page in the browser for sample.py, like Zero-1-to-3's demo: drop an image, move the camera, watch it denoise.
 
-    python -m tools.app --ckpt runs/demo --steps 20 --scale 1 --device cpu
+    python -m tools.app --ckpt out/demo --steps 20 --scale 1 --device cpu
     python -m tools.app --ckpt runs/full --port 8080      # on a node; then `ssh -L 8080:localhost:8080 NODE`
 
 Requests wait for one another. Needs tools/app-requirements.txt.

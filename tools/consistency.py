@@ -1,7 +1,7 @@
 """How well generated orbits hold together: independent views against stochastic conditioning and shared noise.
 
-    python data.py shapes --out out/orbits --objects 16 --views 12 --size 64 --seed 1 --orbit
-    python -m tools.consistency --ckpt runs/shapes --data out/orbits --seeds 0 1 2 --steps 20 --scale 1
+    python data.py shapes --out out/orbits --objects 16 --views 12 --size 24 --seed 1 --orbit --plain
+    python -m tools.consistency --ckpt out/demo --data out/orbits --seeds 0 1 2 --steps 20 --scale 1
 
 For each way of sampling: PSNR against the true orbit, and agreement, the PSNR between neighbouring views of what both
 see, one warped into the other by the true depth of `data.py shapes`. Blurred views agree easily: read both columns.

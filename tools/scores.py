@@ -13,7 +13,8 @@ LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "ms
 ALIKE = "data files split protocol pairs image_size lpips_net lpips_sha256".split()
 ALIKE += "sampler steps eta scale seed precision".split()
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
-WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="by evaluate.py's settings, else train.py's (train.KEY)")
+WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="only lines of which this is so: evaluate.py's "
+             "settings or, where it has none of the name, train.py's flags; train.KEY for the latter")  # fmt: skip
 
 
 def read_lines(path: str | Path) -> list[dict]:

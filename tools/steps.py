@@ -1,6 +1,6 @@
 """Quality against sampling steps: which sampler, and how many steps, are enough.
 
-    python -m tools.steps --ckpt runs/shapes --data data/shapes --pairs 64 --scale 1 --out docs/steps
+    python -m tools.steps --ckpt out/demo --data out/demo/data --pairs 64 --scale 1 --out out/steps
 
 For DDIM (eta 1 and 0) and DPM-Solver++(2M): PSNR to the true view, and, for the two without noise, PSNR to the sample
 that 200 steps of DDIM make of the same noise, which is the solver's own error. Writes OUT.png, OUT.pdf, OUT.jsonl.
