@@ -165,7 +165,8 @@ def list_objects(root: str | Path) -> list[str]:
             for path in [Path(folder, name) for name in below]:
                 if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):  # a loop
                     below.remove(path.name)
-            names += [os.path.relpath(folder, root)] if indexed(Path(folder), (".npy",), files) else []
+            if indexed(Path(folder), (".npy",), files):
+                names.append(os.path.relpath(folder, root))
         names.sort()
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")

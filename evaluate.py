@@ -73,11 +73,16 @@ def open_lpips(net: str, backbone: str | None = None) -> lpips.LPIPS | None:
     return model
 
 
-def fixed_pairs(root: str, val_fraction: float, split: str, protocol: str, count: int | None = None) -> list[dict]:
+def fixed_pairs(
+    root: str, val_fraction: float, split: str, protocol: str, count: int | None = None, trained_on: str | None = None
+) -> list[dict]:
     """Ordered pairs of views of the split's objects, always the same: key, object, view, and the paths to load.
     "pairs": as in training, one an object, and for a higher `count` of more epochs; "first": an object's first view is
-    the input, all others are targets. Repeats and objects of one view are left out. Raises InputError if none stay."""
+    the input, all others are targets. Repeats and objects of one view are left out. Raises InputError if none stay.
+    Where `trained_on`, a checkpoint's `list_id`, is of another list, whose split is another, it says so."""
     names = data.list_objects(root)
+    if split != "all" and trained_on not in (None, list_id(names)):
+        print(f"WARNING: the model was trained on another list of objects: --split {split} may mean others, too")
     chosen = {*data.split_objects(names, val_fraction, split)}
 
     def views_of(name: str) -> list:
@@ -173,12 +178,10 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     size, fraction = meta["image_size"], meta["val_fraction"] if args.val_fraction is None else args.val_fraction
     if size < (32 if "lpips" in metrics else 11):
         raise InputError(f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 (--lpips none leaves it out), SSIM 11")
-    pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs)
+    trained_on = meta.get("objects") if args.rank == 0 else None
+    pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
     files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
-    if args.split != "all" and args.rank == 0:
-        if meta.get("objects", listed := list_id(data.list_objects(args.data))) != listed:
-            print(f"WARNING: {path} was trained on another list of objects: --split {args.split} may mean others, too")
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}

@@ -208,7 +208,7 @@ def main() -> None:
                        "Zero-1-to-3 does; --no-crop for renders framed as in training")  # fmt: skip
     group.add_argument("--azimuth", type=float, nargs="+", default=[0.0], help="degrees, counter-clockwise from above")
     group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
-    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="away (training is at 1.5 to 2.2)")
+    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change (training is at 1.5 to 2.2)")
     group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
     group = parser.add_argument_group("sampler")
     add_sampler_flags(group)

@@ -22,11 +22,9 @@ def commands(path) -> list[tuple[str, str]]:
     """(module, arguments) of a file's commands; what a table's row or a sentence only begins is left out."""
     text = re.sub(r" *\\\n +", " ", path.read_text())
     if path.suffix == ".md":
-        blocks = r"^```\n(.*?)^```"
-        lines = [line for block in re.findall(blocks, text, re.S | re.M) for line in block.splitlines()]
-        lines += [
-            span.replace("\n", " ") for span in re.findall("`([^`]+)`", re.sub(blocks, "", text, flags=re.S | re.M))
-        ]
+        blocks = re.compile(r"^```\n(.*?)^```", re.S | re.M)
+        lines = [line for block in blocks.findall(text) for line in block.splitlines()]
+        lines += [span.replace("\n", " ") for span in re.findall("`([^`]+)`", blocks.sub("", text))]
     else:
         lines = text.split('"""')[1].splitlines() if text else []
     found = filter(None, (re.match(PATTERN, line.strip()) for line in lines))

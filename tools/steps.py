@@ -44,7 +44,7 @@ def main() -> None:
     device, _, _ = set_up(args)
     model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
-    pairs = fixed_pairs(args.data, fraction, "val", "pairs", args.pairs)
+    pairs = fixed_pairs(args.data, fraction, "val", "pairs", args.pairs, meta.get("objects"))
     batches = []
     for first in range(0, len(pairs), args.batch_size):
         batch = load_pairs(pairs[first : first + args.batch_size], meta["image_size"])
