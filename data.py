@@ -160,13 +160,15 @@ def list_objects(root: str | Path) -> list[str]:
         if twice := [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]:
             raise InputError(f"{listed}: {twice[0]!r} is listed twice")
     else:
-        names = []
+        names, seen = [], set()
         for folder, below, files in os.walk(root, followlinks=True):  # people collect objects by symbolic links
-            for path in [Path(folder, name) for name in below]:
-                if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):  # a loop
-                    below.remove(path.name)
-            if indexed(Path(folder), (".npy",), files):
+            below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+            inode = os.stat(folder).st_dev, os.stat(folder).st_ino
+            if inode in seen:  # by another name; it might be on either side of the split, or a loop
+                below.clear()
+            elif indexed(Path(folder), (".npy",), files):
                 names.append(os.path.relpath(folder, root))
+            seen.add(inode)
         names.sort()
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
@@ -175,10 +177,12 @@ def list_objects(root: str | Path) -> list[str]:
 
 def list_views(root: str | Path, name: str) -> list[tuple[Path, Path]]:
     """(image, npy) of one object's views that have both, by index. InputError if the folder cannot be read."""
+    folder = Path(root, name)
     try:
-        images, poses = indexed(Path(root, name), IMAGE_EXTENSIONS), indexed(Path(root, name), (".npy",))
+        files = os.listdir(folder)
     except OSError as error:
-        raise InputError(f"{Path(root, name)}: unreadable folder ({error.strerror})") from None
+        raise InputError(f"{folder}: unreadable folder ({error.strerror})") from None
+    images, poses = (indexed(folder, extensions, files) for extensions in (IMAGE_EXTENSIONS, (".npy",)))
     return [(images[index], poses[index]) for index in images if index in poses]
 
 
@@ -281,7 +285,7 @@ class Archive(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True):
-        self.root, self.seed, self.images, self.patch, self.maps = root, seed, images, patch, {}
+        self.root, self.seed, self.images, self.patch, self.maps, self.count = root, seed, images, patch, {}, 0
         self.manifest = read_manifest(root)
         names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
         side = self.manifest["image_size"] // codec["factor"]
@@ -355,6 +359,9 @@ class Archive(torch.utils.data.Dataset):
         raise InputError(f"--data {Path(self.images) / self.names[index]}: no readable view has view {view}'s pose")
 
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        self.count += len(positions)
+        if self.count > 50_000:  # a map's page tables, one more page for nearly each row, go only with it
+            self.maps, self.count = {}, 0
         draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
         places = [self.rows[index, :2].tolist() for index, _, _ in draws]
         for shard in {shard for shard, _ in places}:  # their sizes are looked at once a batch
@@ -362,7 +369,11 @@ class Archive(torch.utils.data.Dataset):
 
         def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
             both = zip(places, draws, strict=True)
-            return torch.stack([self.read(shard, key, start + draw[which]) for (shard, start), draw in both])
+            rows = [self.read(shard, key, start + draw[which]) for (shard, start), draw in both]
+            batch = rows[0].new_empty(len(rows), *rows[0].shape)
+            if torch.utils.data.get_worker_info():  # it is sent by shared memory; on the heap it fragments it
+                batch.share_memory_()
+            return torch.stack(rows, out=batch)
 
         batch = {"target_mean": gather("latent_mean", 2), "target_logvar": gather("latent_logvar", 2)}
         batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}

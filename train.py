@@ -354,17 +354,21 @@ def main() -> None:
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
     facts = {"processes": world, "objects": list_id(train_set.names), "frozen": [*encoders, frozen["image_size"]]}
+    facts |= {"encoder_pixels": frozen["encoder"]["image_size"], "val_fraction": frozen["val_fraction"]}
     if resumed:
         state = checkpoints.restore(resumed, args, facts, rank, model, ema, optimizer, scaler)
         start, seconds = state["step"], state["seconds"]
         skips += state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)  # it may be lower now
         window += state["window"].to(device) if rank == 0 else 0
         del state, resumed
-    if agree(start > 0, world) and world > 1:  # an unreadable file may be so on one node only
-        newest = torch.tensor(start)
-        dist.broadcast(newest, 0)
-        if newest != start:
-            raise InputError(f"--out {out}: rank {rank} resumes at step {start}, rank 0 at {newest}")
+    found = {"steps": start, "training objects": len(train_set), "held-out objects": len(val_set)}
+    found |= {"names of objects": list_id(train_set.names + val_set.names), "encoder and codec": facts["frozen"]}
+    box = [found]
+    if world > 1:  # nodes may see different files, or an archive as it grows
+        dist.broadcast_object_list(box)
+    if other := [key for key in found if found[key] != box[0][key]]:
+        numbers = f"{other[0]}: {found[other[0]]}, rank 0 {box[0][other[0]]}"
+        raise InputError(f"--out {out}, --archive or --data: rank {rank} finds other {numbers}; is one being written?")
     global_batch = args.batch_size * args.accumulate * world
 
     if args.compile:
@@ -375,7 +379,7 @@ def main() -> None:
         wrapped = DistributedDataParallel(
             model,
             ids,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
             bucket_cap_mb=256,  # the compiler cuts its graph at each bucket: by default 130 for the paper's model
         )
@@ -449,7 +453,7 @@ def main() -> None:
             optimizer.found_inf = overflow.float()  # fused AdamW then leaves the weights; nothing waits for the device
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients are views of its buckets, to be kept
         update_ema(averaged, trained, ema_decay(step, args.ema))
         # ---------------------------------------------------------------------------------------------------------
         done = step + 1

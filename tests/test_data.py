@@ -152,15 +152,17 @@ def test_bad_poses_name_the_file_and_the_reason(tmp_path, array, reason):
 
 
 def test_scan_finds_nested_and_linked_objects_and_the_list_overrides_it(tmp_path):
-    for name in ("b", "a/2", "a/10"):
-        (tmp_path / name).mkdir(parents=True)
-        np.save(tmp_path / name / "000.npy", np.eye(3, 4))
-    (tmp_path / "c").symlink_to(tmp_path / "b")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    assert data.list_objects(tmp_path) == ["a/10", "a/2", "b", "c"]
-    (tmp_path / "valid_paths.json").write_text('["b", "a/2"]')
-    assert data.list_objects(tmp_path) == ["b", "a/2"]
+    root = tmp_path / "root"
+    for folder in (root / "b", root / "a" / "2", root / "a" / "10", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        np.save(folder / "000.npy", np.eye(3, 4))
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "again").symlink_to(root / "b")  # on the other side of a split it would be trained on and held out
+    (root / "notes").mkdir()
+    (root / "a" / "loop").symlink_to(root)
+    assert data.list_objects(root) == ["a/10", "a/2", "a/again", "c"]
+    (root / "valid_paths.json").write_text('["b", "a/2"]')
+    assert data.list_objects(root) == ["b", "a/2"]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '["a", "a"]', '["a", "./a"]', '["/etc"]', '["a/../../b"]', "[]"])

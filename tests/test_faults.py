@@ -310,9 +310,13 @@ def test_log_has_no_duplicate_or_missing_step(small, at4):
 def test_changed_flags_are_listed_and_some_refused(small, at4, tmp_path, capfd):
     other = tmp_path / "other"
     shutil.copytree(small / "archive", other)
-    text = (other / "manifest.json").read_text().replace('"sha256": "', '"sha256": "0')
-    (other / "manifest.json").write_text(text.replace('"crc32"', '"edited by hand"'))
-    for flag, value, words in (("width", 64, "--width"), ("seed", 1, "--seed"),
+    text = (other / "manifest.json").read_text().replace('"crc32"', '"edited by hand"')
+    (other / "manifest.json").write_text(text.replace('"sha256": "', '"sha256": "0'))
+    shutil.copytree(other, finer := tmp_path / "finer")
+    manifest = json.loads(text)
+    manifest["encoder"]["image_size"] *= 2
+    (finer / "manifest.json").write_text(json.dumps(manifest))
+    for flag, value, words in (("width", 64, "--width"), ("seed", 1, "--seed"), ("archive", finer, "another encoder"),
                                ("batch_size", 3, "--batch_size 3"), ("archive", other, "another encoder")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             training(small, at4, f"--{flag}", value)()
@@ -405,18 +409,41 @@ def test_two_jobs_on_one_folder(small, tree, at4, tmp_path):
         held.close()
 
 
-def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
-    """Two ranks go on where one process stopped; one is killed in step 7; one process goes on from 6: only rounding."""
+def two_ranks(work, logs: Path, act) -> list[int | None]:
+    """Exit codes of two ranks of a script's main `work`; each calls act(rank) first, and prints to log0 or log1."""
     port, pids = str(random.randrange(20000, 40000)), []
     for rank in (0, 1):
 
         def setup(rank=rank):
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
             os.environ.update(MASTER_PORT=port)
-            at_step(6, lambda: rank and os.kill(os.getpid(), signal.SIGKILL))
+            act(rank)
 
-        pids.append(fork(training(small, at4, "--batch_size", 2), tmp_path / f"log{rank}", setup))
-    codes, printed = [wait(pid) for pid in pids], (tmp_path / "log0").read_text()
+        pids.append(fork(work, logs / f"log{rank}", setup))
+    return [wait(pid) for pid in pids]
+
+
+def test_ranks_that_see_different_shards_are_refused(small, tmp_path):
+    """As nodes do of an archive that is still being written, or through a network's file system."""
+
+    def hide(rank):
+        exists = Path.exists
+        if rank:
+            Path.exists = lambda path: path.name != "00001.safetensors" and exists(path)
+
+    codes = two_ranks(training(small, tmp_path / "run"), tmp_path, hide)
+    assert codes == [1, 1]
+    one_error(tmp_path / "log1", "--archive", "rank 1 finds other training objects", "rank 0")
+
+
+def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
+    """Two ranks go on where one process stopped; one is killed in step 7; one process goes on from 6: only rounding."""
+
+    def kill(rank):
+        at_step(6, lambda: rank and os.kill(os.getpid(), signal.SIGKILL))
+
+    codes = two_ranks(training(small, at4, "--batch_size", 2), tmp_path, kill)
+    printed = (tmp_path / "log0").read_text()
     assert codes == [1, -signal.SIGKILL] and "processes: 1 -> 2" in printed and "batch_size: 4 -> 2" in printed, printed
     assert newest(at4) == 6
     training(small, at4)()

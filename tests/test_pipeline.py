@@ -520,6 +520,15 @@ def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tm
     assert (tmp_path / "run" / "previews" / "step_0000002.png").exists()
 
 
+def test_a_workers_batch_is_made_in_shared_memory_and_its_maps_are_let_go(archive, monkeypatch):
+    pairs = data.Archive(archive, "train")
+    before, pairs.count, maps = pairs[[0, 1]], 50_000, pairs.maps
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    after = pairs[[0, 1]]
+    assert pairs.maps is not maps and pairs.count == 0 and not before["cls"].is_shared() and after["cls"].is_shared()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_without_amalgamation_no_patch_feature_is_read(archive):
     pairs = data.Archive(archive, "train", patch=False)
     assert "patch" not in pairs[[0]] and "patch" in data.Archive(archive, "train")[[0]]

@@ -209,7 +209,7 @@ def restore(resumed: tuple[dict, dict], args, facts: dict, rank: int, model, ema
 def match_flags(args, facts: dict, saved: dict) -> list[str]:
     """Hold flags and facts against those of the checkpoint: recompute accumulation, return what changed, in words."""
     changed = {k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v}
-    if "frozen" in changed:
+    if "frozen" in changed or "encoder_pixels" in changed:
         raise InputError(f"--archive or --data: {args.out} was started with another encoder, codec or image size")
     if refused := [k for k in changed if k in FIXED]:
         raise InputError(f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change")
