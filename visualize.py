@@ -25,7 +25,7 @@ from sample import seeded
 from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
 from tools.pictures import to_pil
-from tools.scores import ALIKE, LABELS, SWEPT, WHERE, mean_and_spread, read_lines, read_scores
+from tools.scores import ALIKE, LABELS, SWEPT, WHERE, check_alike, mean_and_spread, read_curves, read_scores
 
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])
 matplotlib.rcParams.update({"axes.prop_cycle": CYCLE, "figure.constrained_layout.use": True, "font.size": 8})
@@ -78,18 +78,22 @@ def match_patches(a: Tensor, b: Tensor, separate: bool = False) -> Tensor:
 def archived_pairs(args) -> list[tuple[str, list[dict]]]:
     """(title, two views) of each object, seen from directions as near to 45 degrees apart as there are. A view has its
     decoded "picture" (H,W,3) uint8, "patch" (T,K) of the deepest layer, "cover" (T,) bool. Raises InputError."""
-    archive, pairs = data.Archive(args.archive, "all"), []
+    archive, pairs, wanted = data.Archive(args.archive, "all"), [], len(args.objects or range(4))
     encoder, codec = archive.manifest["encoder"], pretrained.open_codec(archive.manifest["codec"], args.vae)
     if not encoder["feature_dim"]:
         raise InputError(f"--archive {args.archive}: holds no patch features (its --layers were empty)")
     layers = 1 if encoder["pca"] else len(encoder["layers"])  # the archive's PCA mixes its layers for good
     indices, keys = {name: i for i, name in enumerate(archive.names)}, ("patch", "alpha", "pose", "latent_mean")
-    for name in args.objects or archive.names[:4]:
+    for name in args.objects or archive.names:
+        if len(pairs) == wanted:
+            break
         count = archive.rows[indices[name]][2] if name in indices else 0
         views = [archive.view(indices[name], i, keys) for i in range(count)]
         views = [view | {"cover": view["alpha"] > 127} for view in views if (view["alpha"] > 127).sum() > 3]
-        if len(views) < 2:
+        if len(views) < 2 and args.objects:
             raise InputError(f"--objects {name}: no two views of it in {args.archive} with four foreground patches")
+        if len(views) < 2:
+            continue
         centres = data.camera_centre(torch.stack([view["pose"] for view in views]))
         angles = torch.cosine_similarity(centres[:, None], centres, dim=-1).clamp(-1, 1).acos().rad2deg()
         i, j = divmod(int((angles - 45).abs().fill_diagonal_(torch.inf).argmin()), len(views))
@@ -97,6 +101,8 @@ def archived_pairs(args) -> list[tuple[str, list[dict]]]:
             view["picture"] = np.asarray(to_pil(codec.decode(view["latent_mean"][None].float())[0]))
             view["patch"] = view["patch"].double().chunk(layers, dim=1)[-1]
         pairs.append((f"{name}, {angles[i, j]:.0f}° apart", [views[i], views[j]]))
+    if not pairs:
+        raise InputError(f"--archive {args.archive}: no object has two views with four foreground patches")
     return pairs
 
 
@@ -151,6 +157,7 @@ def sweep(args) -> Figure:
     lines = [line for line in read_scores(args, ALIKE + SWEPT) if line["train.t_sampling"] == "gaussian"]
     lines = [line for line in lines if line["train.t_std"] == 200 or line["train.t_mean"] == 1000]
     last = {line["train.out"]: line for line in sorted(lines, key=lambda line: line["step"])}.values()  # of each run
+    check_alike(last, ["step"])
     if not last or not all(type(line.get(args.metric)) in (int, float) for line in last):
         raise InputError(f"--metric {args.metric}: not of the runs of std 200 or mean 1000 in {' '.join(args.eval)}")
     axes = Figure(figsize=(6, 2.6)).subplots(1, 2, sharey=True)
@@ -166,21 +173,13 @@ def sweep(args) -> Figure:
 
 def curves(args) -> Figure:
     """figure 7: metrics along training, from log.jsonl or --eval; mean and standard deviation over a label's runs"""
-    scores, ax = read_scores(args, ALIKE), Figure(figsize=(4.5, 3)).subplots()
-    for text, metric in ((text, metric) for text in args.runs for metric in args.metric):
-        label, runs = text.split("=", 1) if "=" in text else (text, text)
-        found = []  # a run's {step: (x, y)}
-        for run in (Path(run).absolute() for run in runs.split(",")):  # training may have had it relative
-            lines = [s for s in scores if run.parts[-len(out := Path(s["train.out"]).parts) :] == out]
-            lines = lines if args.eval else read_lines(run / "log.jsonl")
-            found.append({s["step"]: (s[args.x], s[metric]) for s in lines if type(s.get(metric)) in (int, float)})
-        if not (steps := sorted(set.intersection(*map(set, found)))):
-            raise InputError(f"--metric {metric}: {runs} have it at no common step")
-        (x, y), (_, spread) = (v.T for v in mean_and_spread([[run[step] for step in steps] for run in found]))
+    ax, metrics = Figure(figsize=(4.5, 3)).subplots(), {}
+    for label, metric, n, (x, y, spread) in read_curves(args):
         x, unit = (x / 60, "training time (min)") if args.x == "seconds" else (x, args.x)
-        (line,) = ax.plot(x, y, label=f"{label}: {metric} (n = {len(found)})", markevery=max(1, len(x) // 10))
+        (line,) = ax.plot(x, y, label=f"{label}: {metric} (n = {n})", markevery=max(1, len(x) // 10))
         ax.fill_between(x, y - spread, y + spread, color=line.get_color(), alpha=0.15)
-    ax.set(xlabel=unit, ylabel=", ".join(LABELS.get(metric, metric) for metric in args.metric))
+        metrics[metric] = LABELS.get(metric, metric)
+    ax.set(xlabel=unit, ylabel=", ".join(metrics.values()))
     ax.legend()
     return ax.figure
 
@@ -204,12 +203,12 @@ def main() -> None:
     flags[trajectory]("--x0", required=True, metavar="FILE", help="x0.npz of sample.py --save_x0")
     for draw in (matching, pca):
         flags[draw]("--archive", required=True, help="what precompute_dino.py wrote")
-        flags[draw]("--objects", nargs="+", metavar="NAME", help="objects to draw; default: the archive's first four")
+        flags[draw]("--objects", nargs="+", metavar="NAME", help="default: the first four that can be drawn")
         flags[draw]("--vae", help="the VAE that decodes the views, where the archive's is elsewhere")
     flags[matching]("--separate", action="store_true", help="a PCA for each view (A.2) instead of one for both")
     flags[sweep]("--metric", default="lpips", help="score to draw")
     flags[curves]("runs", nargs="+", metavar="[LABEL=]RUN[,RUN...]", help="--out of train.py; a label's are averaged")
-    flags[curves]("--metric", nargs="+", default=["loss", "val_loss_ema"], help="of log.jsonl, or of --eval")
+    flags[curves]("--metric", nargs="+", help="of log.jsonl (default: loss, val_loss_ema) or --eval (lpips, or psnr)")
     flags[curves]("--x", choices=["seconds", "samples", "step"], default="seconds", help="horizontal axis")
     for draw in (sweep, curves):
         flags[draw]("--eval", nargs="+", default=[], metavar="FILE", required=draw is sweep, help="evaluate.py's --out")

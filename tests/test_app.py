@@ -17,7 +17,7 @@ from tools.cli import InputError
 
 FLAGS = dict(azimuth=0.0, elevation=0.0, distance=0.0, orbit=0, steps=3, scale=1.0, seed=0, sampler="ddim",
              stochastic_conditioning=False)  # fmt: skip
-ARGS = argparse.Namespace(eta=1.0, precision="fp32")
+ARGS = argparse.Namespace(eta=1.0, precision="fp32", batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,11 @@ def test_without_gradio_it_says_what_to_install(run, monkeypatch):
         call(app, "--ckpt", run)
 
 
-@pytest.mark.parametrize("flag, value", [("seed", -1), ("steps", 0), ("steps", 1001)])
+@pytest.mark.parametrize("flag, value", [
+    ("seed", -1), ("steps", 0), ("steps", 1001), ("eta", 5.0), ("scale", "nan"), ("port", 99999), ("port", 0),
+])  # fmt: skip
 def test_flags_that_every_request_would_fail_on(run, flag, value):
-    with pytest.raises(InputError, match=f"--{flag} {value}"):
+    with pytest.raises(InputError, match=f"--{flag} {value}[ :]"):
         call(app, "--ckpt", run, f"--{flag}={value}")
 
 

@@ -18,6 +18,7 @@ import model
 import train
 from model import NovelViewModel, UNet
 from tools import bench
+from tools.cli import InputError
 
 QUICK = ["--size", "tiny", "--device", "cpu", "--micro_batches", 2, "--seconds", 0.05, "--workers", 0]
 
@@ -90,6 +91,38 @@ def test_a_missing_package_and_too_little_memory_are_rows_too(tmp_path, capsys, 
     assert diffusers["status"].startswith("not run: ") and "\n" not in diffusers["status"]
 
 
+def test_the_row_that_reads_counts_the_wait_for_its_workers(tmp_path, monkeypatch):
+    clocks, real = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *a, **k: clocks.append(k.get("workers", 0)) or real(*a, **k))
+    call(bench, "train", *QUICK[:-1], 0, 1, "--accumulate", 1, "--rows", "ours", "reading", "--micro_batches", 2)
+    assert clocks == [0, 0, 0, 0, 0, 1]  # a row: a matrix product, the first step, the others
+
+
+@pytest.mark.parametrize("name, argv, words", [
+    ("read", ["--micro_batches", 0], "--micro_batches 0: at least 1"),
+    ("read", ["--workers", 1, -1], "--workers -1: at least 0"),
+    ("read", ["--seconds", "nan"], "--seconds nan: at least 0"),
+    ("train", ["--accumulate", 0], "--accumulate 0: at least 1"),
+    ("sample", ["--steps", 0], "--steps 0: between 1 and"),
+    ("all", ["--data", "none"], "none"),
+    ("read", ["--out", "file/x.jsonl"], "file/x.jsonl: could not be written"),
+    ("train", ["--archive"], "--archive .*: latents of .48, 8, 8.; --size tiny has .4, 4, 4."),
+])  # fmt: skip
+def test_wrong_flags_are_one_line_before_anything_is_measured(tmp_path, monkeypatch, archive, name, argv, words):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "measure", lambda *args, **flags: pytest.fail("measured"))
+    with pytest.raises(InputError, match=words) as error:
+        call(bench, name, *QUICK, *argv, *[archive] * (argv == ["--archive"]))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_compile_modes_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        call(bench, "train", *QUICK, "--compile", "off", "tunned")
+    assert "argument --compile: invalid choice: 'tunned'" in capsys.readouterr().err
+
+
 def test_sample(tmp_path, capsys):
     records = measured(capsys, tmp_path / "x", "sample", "--steps", 2)
     assert [(r["row"], r["views"], r["steps"], r["scale"]) for r in records] == [
@@ -113,6 +146,19 @@ def test_archive(tmp_path, capsys, monkeypatch, tree):
     monkeypatch.setattr(torch, "compile", lambda f: plain(f, backend="aot_eager"))
     records = measured(capsys, tmp_path / "y", "archive", "--data", tree, "--compile", "off", "default")
     assert [r.get("compile") for r in records] == ["off", "default", None, "default"]
+
+
+def test_archive_measures_on_all_threads_and_leaves_out_as_it_was(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(bench, "measure", lambda *_: threads.append(torch.get_num_threads()) or (1.0, [1]))
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    torch.set_num_threads(2)
+    try:
+        call(bench, "archive", *QUICK, "--out", tmp_path / "x.jsonl")
+    finally:
+        torch.set_num_threads(1)
+    first, *records = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    assert threads == [2, 2, 2] and not first and all(r["device"].endswith("2 thread(s)") for r in records)
 
 
 @pytest.mark.parametrize(

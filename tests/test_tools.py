@@ -55,6 +55,26 @@ def test_table_refuses_two_settings_of_one_run(tmp_path, capsys):
         rows(path, lines, capsys, "--where", "steps=4")
 
 
+@pytest.mark.parametrize("key", ["step", "steps", "global_batch"])
+def test_table_refuses_to_average_runs_that_were_not_trained_equally_long(tmp_path, capsys, key):
+    path, lines = tmp_path / "eval.jsonl", [score("a0", 5.0), score("a1", 6.0)]
+    flags = lines[1] if key == "step" else lines[1]["run_args"]
+    flags[key] = 40
+    name = key if key == "step" else f"train.{key}"
+    with pytest.raises(InputError, match=f"--eval: {name} .*40.* don't compare; choose by --where"):
+        rows(path, lines, capsys)
+    assert rows(path, lines, capsys, "--where", f"{name}=40") == [["700", "[3, 7]", "samples", "1", "6"]]
+
+
+def test_samples_a_pair_are_evaluates_and_tell_lines_apart(tmp_path, capsys):
+    path, lines = tmp_path / "eval.jsonl", [score("a0", 5.0, samples=1), score("a0", 6.0, samples=3)]
+    with pytest.raises(InputError, match="--eval: samples 1 and 3 don't compare"):
+        rows(path, lines, capsys)
+    for condition, psnr in (("samples=1", "5"), ("samples=3", "6")):
+        assert rows(path, lines, capsys, "--where", condition)[0][-1] == psnr
+    assert rows(path, lines[:1], capsys, "--where", "samples_seen=160")[0][-1] == "5"  # 20 steps of 8
+
+
 def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path):
     shape = dict(in_channels=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
     model = NovelViewModel(cls_dim=12, context_dim=16, num_heads=4, **shape)
@@ -121,6 +141,18 @@ def test_the_ablation_stops_where_its_training_was_stopped(tmp_path):
         assert (done.returncode == 0) == (stop == "none")
         for file in (tmp_path / "out").rglob("preempted"):
             file.unlink()
+
+
+def test_slurm_fails_where_it_cannot_requeue(tmp_path):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo n1\n')
+    (tmp_path / "srun").write_text("#!/bin/sh\ntouch preempted\n")
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1",
+           "SLURM_JOB_ID": "7"}  # fmt: skip
+    done = subprocess.run(["bash", ROOT / "tools/slurm.sh", "--out", "."], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1 and "error: job 7 was not requeued" in done.stderr, done
 
 
 def test_slurm_takes_both_spellings_of_out_and_requeues(tmp_path):

@@ -121,6 +121,19 @@ def test_pca_colours_the_foreground_alone(monkeypatch, tmp_path, archive):
     assert np.array_equal(shown[2].reshape(16, 3)[FOREGROUND], shown[3].reshape(16, 3)[PERMUTED])
 
 
+def test_what_cannot_be_drawn_is_passed_over_where_nobody_named_it(monkeypatch, tmp_path, archive):
+    root = archive[0]
+    rows = load_file(root / "00000.safetensors")
+    rows["alpha"][1:3] = 0  # one view is left of the first object
+    save_shard(root / "00000.safetensors", rows)
+    for command in ("pca", "matching"):
+        figure = draw(monkeypatch, tmp_path, command, "--archive", root)
+        assert (figure.axes[0].get_ylabel() or figure.axes[0].get_title()).startswith("b, ")
+        assert len(figure.axes) == (4 if command == "pca" else 1)
+        with pytest.raises(InputError, match="--objects a: .* four foreground patches"):
+            draw(monkeypatch, tmp_path, command, "--archive", root, "--objects", "b", "a")
+
+
 def test_features_that_an_archive_lacks(monkeypatch, tmp_path, archive):
     root = archive[0]
     with pytest.raises(InputError, match="--objects c: no two views of it in .*archive"):
@@ -131,7 +144,7 @@ def test_features_that_an_archive_lacks(monkeypatch, tmp_path, archive):
         draw(monkeypatch, tmp_path, "pca", "--archive", tmp_path / "nothing")
     rows = load_file(root / "00000.safetensors")
     save_shard(root / "00000.safetensors", rows | {"alpha": torch.zeros_like(rows["alpha"])})
-    with pytest.raises(InputError, match="--objects a: .* four foreground patches"):
+    with pytest.raises(InputError, match="--archive .*archive: no object .* four foreground patches"):
         draw(monkeypatch, tmp_path, "matching", "--archive", root)
     del rows["patch"]
     save_shard(root / "00000.safetensors", rows)
@@ -217,6 +230,16 @@ def test_sweep_refuses_other_evaluations_and_unknown_metrics(monkeypatch, tmp_pa
         )
 
 
+def test_sweep_refuses_runs_at_different_steps(monkeypatch, tmp_path):
+    lines = [score("a", 10, 0.2), score("a", 20, 0.1), score("b", 10, 0.3, seed=1)]
+    write_lines(tmp_path / "eval.jsonl", lines)
+    argv = ("sweep", "--eval", tmp_path / "eval.jsonl")
+    with pytest.raises(InputError, match="--eval: step 10 and 20 don't compare; choose by --where"):
+        draw(monkeypatch, tmp_path, *argv)
+    figure = draw(monkeypatch, tmp_path, *argv, "--where", "step=10")
+    assert np.allclose(figure.axes[0].containers[0][0].get_ydata(), [0.25])
+
+
 def test_where_is_the_evaluations_before_trainings(tmp_path):
     path = tmp_path / "eval.jsonl"
     flags = {"steps": 1200, "seed": 1, "t_std": 200.0, "lr": 1e-4}
@@ -253,8 +276,35 @@ def test_curves_mean_and_spread_over_runs(monkeypatch, tmp_path):
     assert ax.get_legend().get_texts()[0].get_text() == "both: loss (n = 2)"
     ax = draw(monkeypatch, tmp_path, "curves", tmp_path / "a0", "--x", "samples", "--metric", "loss").axes[0]
     assert np.allclose(ax.lines[0].get_xydata(), [[80, 4], [160, 2]])
-    with pytest.raises(InputError, match="--metric nothing: .*a0 have it at no common step"):
+    with pytest.raises(InputError, match="--metric nothing: .*a0 has no such metric"):
         draw(monkeypatch, tmp_path, "curves", tmp_path / "a0", "--metric", "nothing")
+
+
+def test_curves_draw_what_there_is(monkeypatch, tmp_path):
+    lines = [{"step": i, "seconds": 60.0 * i, "samples": 8 * i, "loss": 1.0} for i in (1, 2)]
+    write_lines(tmp_path / "a/log.jsonl", lines)
+    write_lines(tmp_path / "b/log.jsonl", [*lines, lines[0] | {"val_loss_ema": 2.0}])
+    write_lines(tmp_path / "c/log.jsonl", [line | {"step": 9} for line in lines])
+
+    def drawn(runs, *argv):
+        figure = draw(monkeypatch, tmp_path, "curves", f"label={runs}", *argv)
+        return [text.get_text().split()[1] for text in figure.axes[0].get_legend().get_texts()]
+
+    a, b, c = (tmp_path / run for run in "abc")
+    assert drawn(b) == ["loss", "val_loss_ema"] and drawn(a) == drawn(f"{a},{b}") == ["loss"]
+    with pytest.raises(InputError, match="--metric val_loss_ema: .*/a has no such metric"):
+        drawn(f"{b},{a}", "--metric", "val_loss_ema")
+    with pytest.raises(InputError, match="--metric loss: .*/a,.*/c have it at no common step"):
+        drawn(f"{a},{c}")
+    with pytest.raises(InputError, match="--where step=1: .* --eval"):
+        drawn(a, "--where", "step=1")
+    own, path = [score(a, step, None) | {"psnr": 9.0} for step in (1, 2)], tmp_path / "eval.jsonl"
+    write_lines(path, own)
+    assert drawn(a, "--eval", path) == ["psnr"]
+    write_lines(path, [line | {"lpips": 0.5} for line in own])
+    assert drawn(a, "--eval", path) == ["lpips"]
+    with pytest.raises(InputError, match="--metric lpips: .*/b has no such metric"):
+        drawn(b, "--eval", path)
 
 
 def test_curves_of_scores_belong_to_their_run(monkeypatch, tmp_path):
@@ -264,7 +314,7 @@ def test_curves_of_scores_belong_to_their_run(monkeypatch, tmp_path):
     assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[1, 0.5], [2, 0.3]])
     write_lines(tmp_path / "eval.jsonl", [score(f"./{tmp_path.name}/a/", 3, 0.7), score(".", 3, 0.7)])  # relative
     assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[3, 0.7]])
-    write_lines(tmp_path / "eval.jsonl", lines)
+    write_lines(tmp_path / "eval.jsonl", [line | {"samples": 3} for line in lines])  # a pair, not seen in training
     axes = draw(monkeypatch, tmp_path, *argv, "--x", "samples").axes
     assert np.allclose(axes[0].lines[0].get_xdata(), [8, 16])
 
@@ -273,7 +323,7 @@ def test_logs_that_cannot_be_drawn(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="log.jsonl: .*No such file"):
         draw(monkeypatch, tmp_path, "curves", tmp_path)
     (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(InputError, match="--metric loss: .* no common step"):
+    with pytest.raises(InputError, match="--metric loss: .* has no such metric"):
         draw(monkeypatch, tmp_path, "curves", tmp_path)
     write_lines(tmp_path / "log.jsonl", [{"step": 1, "seconds": 1.0, "val_loss": 2.0, "skipped": 3, "ok": True}])
     axes = draw(monkeypatch, tmp_path, "curves", tmp_path, "--metric", "val_loss", "skipped").axes

@@ -22,7 +22,7 @@ from torch import Tensor
 import pretrained
 import sample
 from tools import pictures
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
+from tools.cli import HelpFormatter, InputError, run_script, set_up
 
 
 def enlarged(image: Tensor) -> Image.Image:
@@ -38,7 +38,7 @@ def generate(opened: tuple, args: argparse.Namespace, photo: str | None, crop: b
     if not photo:
         raise InputError("no image yet: drop one at the top")
     moves = [360 * i / flags["orbit"] for i in range(flags["orbit"])] or [flags["azimuth"]]
-    args = argparse.Namespace(**vars(args) | flags | dict(azimuth=moves, batch_size=16, shared_noise=False, save_x0=0))
+    args = argparse.Namespace(**vars(args) | flags | dict(azimuth=moves, shared_noise=False, save_x0=0))
     poses = sample.camera_moves(moves, [args.elevation], [args.distance])
     model, encoder, codec, meta = opened
     image = pictures.load_photo(Path(photo), meta["image_size"], crop)
@@ -68,9 +68,11 @@ def main() -> None:
     sample.add_sampler_flags(parser.add_argument_group("what the page starts with"))
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network in")
     parser.add_argument("--port", type=int, default=7860, help="to listen at")
+    parser.set_defaults(batch_size=16)
     args = parser.parse_args()
-    require_positive(args)
-    sample.ddim_timesteps(args.steps)  # raises InputError
+    sample.check_sampler_flags(args)
+    if not 1 <= args.port < 2**16:
+        raise InputError(f"--port {args.port}: between 1 and {2**16 - 1}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr

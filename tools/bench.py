@@ -34,7 +34,8 @@ import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from tools import archives
-from tools.cli import HelpFormatter, peak_memory, run_script, set_up
+from tools.cli import HelpFormatter, InputError, peak_memory, run_script, set_up
+from tools.durable import check_writable
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -221,7 +222,7 @@ def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, preci
 
 def train_row(args, size: dict, device: torch.device, archive: data.Archive, row: str, mode: str, micro: int) -> dict:
     """The measurements of one row of `train`."""
-    plain, cuda = row == "zero123", device.type == "cuda"
+    plain, cuda, workers = row == "zero123", device.type == "cuda", max(args.workers) if row == "reading" else 0
     precision = "fp32" if plain else args.precision
     # TF32 where train.py has it; for Zero-1-to-3 in convolutions, and in the product: it is the bound of what it could
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = plain or precision != "fp32"
@@ -235,7 +236,7 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     else:
         rows = {k: v for k, v in archive[list(range(micro))].items() if k != "patch" or row != "diffusers"}
         rows = {key: value.pin_memory() if cuda else value for key, value in rows.items()}
-        batches = load(archive, micro, max(args.workers), device) if row == "reading" else itertools.repeat(rows)
+        batches = load(archive, micro, workers, device) if row == "reading" else itertools.repeat(rows)
 
         def prepare():
             move = {key: value.to(device, non_blocking=True).float() for key, value in next(batches).items()}
@@ -251,7 +252,7 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     start = time.perf_counter()
     measure(step, 0, device, skip=0)
     first = time.perf_counter() - start
-    elapsed, calls = measure(step, args.seconds, device)
+    elapsed, calls = measure(step, args.seconds, device, workers=workers)
     samples = len(calls) * accumulate * micro
     rate, compiling = samples / elapsed, first - elapsed / len(calls) if mode != "off" else 0.0
     record = {"precision": precision, "accumulate": accumulate, "samples": samples, "seconds": elapsed}
@@ -297,6 +298,9 @@ def bench_train(args, size: dict, device: torch.device):
     """Samples/s of an optimiser step, by micro-batch, row and compile mode; ratio: how many times faster ours is."""
     rows = [(row, mode) for row in args.rows for mode in (["off"] if row == "zero123" else args.compile)]
     with open_archive(args, size, args.recipes[0]) as archive:
+        latent, expected = archive.shapes["latent_mean"], (4, size["image"] // 8, size["image"] // 8)
+        if latent != expected:
+            raise InputError(f"--archive {args.archive}: latents of {latent}; --size {args.size} has {expected}")
         for micro in args.micro_batches:
             ours = None
             for row, mode in rows:
@@ -354,7 +358,9 @@ def bench_archive(args, size: dict, device: torch.device):
         if not args.data:
             from tools.shapes import shapes  # here: few need the renderer
 
+            threads = torch.get_num_threads()
             shapes(Path(flags.data), 8, 4, 2 * size["image"], 0, device.type, 0)  # Objaverse's are 512 px, too
+            torch.set_num_threads(threads)  # of which it left one
         members = dict.fromkeys(range(10_000), (2 * data.list_objects(flags.data))[:64])
 
         how, cuda = (encoder, codec, flags, device), device.type == "cuda"
@@ -398,6 +404,7 @@ def table(columns: dict[str, str], records: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     flag, rows = parser.add_argument, ["ours", "reading", "diffusers", "zero123"]
+    modes = ["off", "tuned", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     flag("bench", choices=[*COLUMNS, "all"], help="what to measure")
     flag("--size", choices=SIZES, help="shapes; default: full (the paper's) on a GPU, else small")
     flag("--device", default="auto", help="auto, cpu or cuda")
@@ -405,8 +412,8 @@ def main() -> None:
     flag("--micro_batches", type=int, nargs="+", help="train, read; default: 48 96 192 on a GPU, else 4 8")
     flag("--accumulate", type=int, help="train: micro-batches a step; default: 1536 samples' worth, 2 where not full")
     flag("--rows", nargs="+", choices=rows, default=rows, help="train: what to compare")
-    flag("--compile", nargs="+", help="train: off, tuned (as train.py) or torch.compile's mode; default: all, or off; "
-         "archive: off or not")  # fmt: skip
+    flag("--compile", nargs="+", choices=modes, help="train: tuned is train.py's, others torch.compile's; archive: off "
+         "or not; default: off, default and tuned on a GPU, else off")  # fmt: skip
     flag("--checkpointing", action="store_true", help="train: recompute our blocks in backward")
     flag("--memory_gb", type=float, help="use no more of the GPU's memory than a smaller one has")
     flag("--profile", action="store_true", help="train: a table of time by class of kernel")
@@ -419,6 +426,16 @@ def main() -> None:
     flag("--seconds", type=float, default=5, help="to measure each result for")
     flag("--out", help="JSON lines, appended to")
     args = parser.parse_args()
+    for name, least in {"micro_batches": 1, "accumulate": 1, "memory_gb": 0, "workers": 0, "seconds": 0}.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not value >= least:  # NaN is not
+                raise InputError(f"--{name} {value}: at least {least}")
+    sample.ddim_timesteps(args.steps)  # raises InputError
+    if args.data:
+        data.list_objects(args.data)  # so does this
+    if args.out:
+        check_writable(Path(args.out))
 
     device, _, _ = set_up(args)
     cuda = device.type == "cuda"

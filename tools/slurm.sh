@@ -33,7 +33,8 @@ done
 
 if [[ -e $OUT/preempted ]]; then  # torchrun turns the ranks' 0 into 1: the file tells, not the code
     echo "pre-empted: requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "error: job $SLURM_JOB_ID was not requeued; submit it again to go on" >&2
+    exit 1
 fi
 exit "$CODE"

@@ -2,14 +2,15 @@
 
     python -m tools.table --eval out/ablation/eval.jsonl --by t_sampling t_mean t_std amalgamate
 
-Runs that agree in the flags of training given by --by are one row; the last checkpoint of each run counts. What has no
-flags of training, the baselines above all, comes below, where it is of the same pairs. Prints Markdown.
+Runs that agree in the flags of training given by --by are one row, and must have been trained equally long; the last
+checkpoint of each run counts. What has no flags of training, the baselines above all, comes below, where it is of the
+same pairs. Prints Markdown.
 """
 
 import argparse
 
 from tools.cli import HelpFormatter, InputError, run_script
-from tools.scores import ALIKE, LABELS, WHERE, mean_and_spread, read_lines, read_scores
+from tools.scores import ALIKE, LABELS, WHERE, check_alike, mean_and_spread, read_lines, read_scores
 
 
 def main() -> None:
@@ -28,6 +29,8 @@ def main() -> None:
         if missing := [flag for flag in args.by if flag not in line["run_args"]]:
             raise InputError(f"--by {missing[0]}: not a flag of {line['checkpoint']}")
         groups.setdefault((*(str(line["run_args"][flag]) for flag in args.by), line["row"]), []).append(line)
+    for group in groups.values():
+        check_alike(group, ["step", "train.steps", "train.global_batch"])
     for other in (line for path in args.eval for line in read_lines(path) if line.get("row")):
         if not other.get("run_args") and all(other[key] == lines[0].get(key) for key in ALIKE if key in other):
             row = " of ".join(other[key] for key in ("row", "checkpoint") if key in other)
