@@ -115,6 +115,14 @@ def shuffled(pairs: list[dict], seed: int) -> list[dict]:
     return [pairs[i] | {"move": pairs[j]["move"]} for i, j in zip(order, np.roll(order, 1), strict=True)]
 
 
+def readable(pair: dict) -> bool:
+    """Whether a pair's files can be read; else the reason is printed."""
+    try:
+        return bool(load_pairs([pair], 32))
+    except InputError as error:
+        return bool(print(f"left out: {error}"))
+
+
 def load_pairs(pairs: list[dict], size: int) -> dict:
     """{"pairs", "cond" and "target" (B,3,size,size), "pose" (B,4)}."""
     images = {key: torch.stack([data.load_image(pair[key], size)[0] for pair in pairs]) for key in ("cond", "target")}
@@ -180,10 +188,15 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
         raise InputError(f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 (--lpips none leaves it out), SSIM 11")
     trained_on = meta.get("objects") if args.rank == 0 else None
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
+    if args.skip_bad:
+        pairs = [pair for pair in pairs if readable(pair)]
     files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
-    common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew
+    common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code
+    scripts = ("data", "evaluate", "model", "precompute_dino", "pretrained", "sample")
+    code = b"".join(Path(__file__).with_name(f"{script}.py").read_bytes() for script in scripts)
+    common["code"] = hashlib.sha256(code).hexdigest()[:12]
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}
     common |= {"lpips_net": args.lpips if "lpips" in metrics else None, "mse_range": [-1, 1], "ssim_window": 11}
     common["lpips_sha256"] = tensor_hash(metrics["lpips"].state_dict()) if "lpips" in metrics else None
@@ -219,6 +232,7 @@ def main() -> None:
     group.add_argument("--val_fraction", type=float, help="share of objects held out; default: the checkpoint's")
     group.add_argument("--protocol", choices=["pairs", "first"], default="pairs", help="random, or view 0 to the rest")
     group.add_argument("--pairs", type=int, help="at most so many; default: one an object, or all of --protocol first")
+    group.add_argument("--skip_bad", action="store_true", help="leave out pairs that can't be read, and name them")
     group.add_argument("--shuffled", action="store_true", help="also give the model other pairs' camera moves")
     group = parser.add_argument_group("sampler")
     sample.add_sampler_flags(group)

@@ -15,20 +15,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from model import NovelViewModel
-from tools.autoencoder import AutoencoderKL
+from tools.autoencoder import load_autoencoder
 from tools.checkpoints import build, diffusers_heads, read_model, tensor_hash
 from tools.cli import InputError
-from tools.formats import (
-    PREFIX,
-    clip_to_timm,
-    count,
-    find_weights,
-    from_hub,
-    infer_args,
-    one_line,
-    read_tensors,
-    read_weights,
-)
+from tools.formats import PREFIX, clip_to_timm, find_weights, from_hub, infer_args, one_line, read_tensors, read_weights
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
@@ -63,7 +53,7 @@ def codec_spec(codec: nn.Module) -> dict:
 def load_codec(name: str, source: str | None = None, factor: int = 4) -> nn.Module:
     """The frozen codec "sd", from anything that `read_weights` reads, or "pixels" with its factor."""
     if name == "pixels" and source:
-        raise InputError(f"--vae {source}: --codec pixels takes no weights")
+        raise InputError(f"--vae {source}: the codec is pixels, which takes no weights")
     if name == "pixels":
         return SpaceToDepth(factor)
     if name != "sd" or not source:
@@ -71,21 +61,6 @@ def load_codec(name: str, source: str | None = None, factor: int = 4) -> nn.Modu
     codec = load_autoencoder(read_weights(source, ("vae",)))
     codec.source = str(source)
     return codec
-
-
-def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
-    """The autoencoder under `first_stage_model.`, frozen, in float32; its shape follows from the tensors."""
-    given = {k.removeprefix("first_stage_model."): v for k, v in weights.items() if k.startswith("first_stage_model.")}
-    levels, blocks = count(given, r"encoder\.down\.(\d+)"), count(given, r"encoder\.down\.0\.block\.(\d+)")
-    try:
-        ch, z_channels = len(given["encoder.conv_in.weight"]), len(given["post_quant_conv.weight"])
-        mult = [len(given[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)]
-        with torch.device("meta"):
-            codec = AutoencoderKL(ch, mult, blocks, z_channels)
-        codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
-    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:  # missing, or of another shape
-        raise InputError(f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})") from None
-    return codec.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- image encoder
@@ -118,6 +93,9 @@ class ImageEncoder(nn.Module):
             raise InputError(f"--layers {self.layers}: {name} has 0 to {len(vit.blocks) - 1}, to be given rising")
         if image_size % vit.patch_embed.patch_size[0]:
             raise InputError(f"--encoder_size {image_size}: not a multiple of the patch {vit.patch_embed.patch_size}")
+        if "natively QuickGELU" in str(vit.pretrained_cfg.get("notes")) and "quickgelu" not in name:
+            other = name.replace("clip_", "clip_quickgelu_")
+            raise InputError(f"--encoder {name}: its weights are for another activation, that of {other}")
         if weights == "random":
             print(f"WARNING: --weights random: the features of {name} MEAN NOTHING, they only try the pipeline")
         elif isinstance(weights, str):
@@ -198,15 +176,15 @@ def load_vit(vit: nn.Module, name: str, weights: str) -> None:
         state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
         vit.load_state_dict({k: state[k].float().contiguous() for k in vit.state_dict()}, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"--weights {weights}: no {name} in it ({one_line(error)})") from None
+        raise InputError(f"encoder's weights {weights}: no {name} in it ({one_line(error)})") from None
 
 
 # ----------------------------------------------------------------------------------------------- reading checkpoints
 
 
 @torch.no_grad()
-def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
-    """Fill `model.unet` and `model.cc_projection` from `read_weights`'s tensors, for --init, and print what happened.
+def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor], flag: str = "init") -> None:
+    """Fill `model.unet` and `model.cc_projection` from `read_weights`'s tensors, of that flag, and print what happened.
 
     A conv_in without the condition's channels is extended with zeros: the network starts as the pretrained one
     (Zero-1-to-3). Raises InputError, before anything is changed, where shapes disagree or a tenth of the UNet is
@@ -216,30 +194,30 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor]) -> None:
     given = {k.replace(prefix, "unet."): v for k, v in weights.items() if k.startswith((prefix, "cc_projection."))}
     if conv_in in given and 2 * given[conv_in].shape[1] == own[conv_in].shape[1]:
         given[conv_in] = torch.cat([given[conv_in], torch.zeros_like(given[conv_in])], dim=1)
-        print(f"init: extended {conv_in} to {given[conv_in].shape[1]} channels: those of the condition are zero")
+        print(f"{flag}: extended {conv_in} to {given[conv_in].shape[1]} channels: those of the condition are zero")
     for name, tensor in given.items():
         if name.endswith((".proj_in.weight", ".proj_out.weight")) and tensor.ndim == 2:  # LDM's are 1x1 convolutions
             given[name] = tensor[:, :, None, None]
     wrong = [name for name in own.keys() & given.keys() if given[name].shape != own[name].shape]
     for part in ("unet.amalgamation.", "cc_projection."):
         if any(name.startswith(part) for name in wrong):
-            print(f"init: {part}* left as initialised: the checkpoint's is another encoder's")
+            print(f"{flag}: {part}* left as initialised: the checkpoint's is another encoder's")
             wrong, given = ([k for k in wrong if not k.startswith(part)],
                             {k: v for k, v in given.items() if not k.startswith(part)})  # fmt: skip
     if wrong:
         shapes = [f"{k} {tuple(given[k].shape)} for {tuple(own[k].shape)}" for k in sorted(wrong)[:3]]
-        raise InputError(f"--init: {len(wrong)} tensors are of other shapes: {', '.join(shapes)}")
+        raise InputError(f"--{flag}: {len(wrong)} tensors are of other shapes: {', '.join(shapes)}")
     missing, left = [k for k in own if k not in given], [k for k in given if k not in own]
     sizes = {k: v.numel() for k, v in own.items() if k.startswith("unet.") and "amalgamation" not in k}
     covered = sum(size for k, size in sizes.items() if k in given) / sum(sizes.values())
     if covered < 0.9:
-        raise InputError(f"--init: holds {covered:.0%} of the UNet, no {', '.join(missing[:3])}; is it SD 1.x?")
+        raise InputError(f"--{flag}: holds {covered:.0%} of the UNet, no {', '.join(missing[:3])}; is it SD 1.x?")
     for name in own.keys() & given.keys():
         own[name].copy_(given[name])
-    print(f"init: loaded {len(given) - len(left)} tensors, {covered:.1%} of the UNet's parameters")
+    print(f"{flag}: loaded {len(given) - len(left)} tensors, {covered:.1%} of the UNet's parameters")
     for what, names in (("missing, left as initialised", missing), ("left over, unused", left)):
         if names:
-            print(f"init: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+            print(f"{flag}: {len(names)} tensors {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
 
 
 def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -298,8 +276,13 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
             raise
         except Exception as error:  # whatever its shapes do to infer_args
             raise InputError(f"--ckpt {path}: neither ours nor zero123's ({one_line(error)})") from None
-        load_pretrained(model, weights)
-        encoder = ImageEncoder(CLIP, str(encoder_weights or path), layers=())
+        load_pretrained(model, weights, "ckpt")
+        try:
+            encoder = ImageEncoder(CLIP, str(encoder_weights or path), layers=())
+        except InputError as error:
+            raise InputError(f"{error}{'' if encoder_weights else '; give CLIP by --encoder_weights'}") from None
+        if encoder.cls_dim != model.args["cls_dim"]:
+            raise InputError(f"--ckpt {path}: takes a CLS of {model.args['cls_dim']}, CLIP's has {encoder.cls_dim}")
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)
         meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec_spec(codec)}
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import pretrained
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from precompute_dino import autocast, encode
+from tools.checkpoints import image_size
 from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
 from tools.pictures import list_photos, load_photo, write_views
 
@@ -226,9 +227,8 @@ def main() -> None:
     poses = camera_moves(args.azimuth, args.elevation, args.distance)
     paths = list_photos(args.image)
     device, _, _ = set_up(args)
-    model, encoder, codec, meta = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
-
-    images = [load_photo(path, meta["image_size"], args.crop) for path in paths]
+    images = [load_photo(path, image_size(args.ckpt), args.crop) for path in paths]  # before what takes long
+    model, encoder, codec, _ = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     saved = {i: ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)}
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))
     with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
@@ -248,8 +248,8 @@ def main() -> None:
 
 
 def saved_steps(steps: int, n: int) -> list[int]:
-    """Which of the DDIM steps' predicted x0 are saved: n of them, evenly, the first and the last included."""
-    return sorted({round(i) for i in np.linspace(0, steps - 1, n)})
+    """Which of the DDIM steps' predicted x0 are saved: n of them, evenly, the last and, of several, the first."""
+    return sorted({round(i) for i in np.linspace(steps - 1, 0, n)})
 
 
 def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_step=None) -> Tensor:

@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -34,9 +33,9 @@ import pretrained
 import sample
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from precompute_dino import add_encoder_flags, autocast, compile_frozen, open_frozen
-from tools import checkpoints, durable, pictures
+from tools import checkpoints, cli, durable, pictures
 from tools.archives import list_id
-from tools.cli import HelpFormatter, InputError, agree, peak_memory, require_positive, run_script, set_up
+from tools.cli import HelpFormatter, InputError, agree, require_positive, run_script, set_up
 
 BINS = 10  # of the loss by timestep
 # torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
@@ -173,15 +172,6 @@ def binned(losses: Tensor, t: Tensor) -> Tensor:
     """(2 BINS,) float64: the sum of finite losses (B,) whose timesteps (B,) fall in each bin, and their number."""
     member = F.one_hot(t * BINS // TIMESTEPS, BINS).double() * losses.isfinite()[:, None]
     return torch.cat([losses.double().nan_to_num(0, 0, 0) @ member, member.sum(0)])
-
-
-def flops_per_sample(model: NovelViewModel, condition: dict[str, Tensor]) -> int:
-    """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
-    shadow = copy.deepcopy(model).to("meta")
-    one = {key: value[:1].to("meta", torch.float32) for key, value in condition.items()}
-    with FlopCounterMode(display=False) as counter:
-        shadow(one["latent"], torch.zeros(1, device="meta"), one)
-    return 3 * counter.get_total_flops()
 
 
 def due(done: int, every: int, args) -> bool:
@@ -346,7 +336,7 @@ def main() -> None:
     groups = [{"params": unet, "multiple": 1.0}, {"params": model.cc_projection.parameters(), "multiple": args.cc_lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    flops = flops_per_sample(model, example[2])
+    flops = cli.flops_per_sample(model, example[2])
 
     # resume
     start, seconds = 0, 0.0
@@ -484,7 +474,7 @@ def main() -> None:
             record |= {"loss": loss if any(counts) else None, "lr": lr, "grad_norm": norm, "skipped": skipped}
             record |= {"loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)]}
             record |= {"samples_per_second": round(rate, 1), "tflops": round(rate * flops / 1e12, 3)}
-            log(record | {"peak_memory_gb": peak_memory(device)})
+            log(record | {"peak_memory_gb": cli.peak_memory(device)})
             bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
             if bad:
                 bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")

@@ -261,6 +261,22 @@ def test_bad_flags_are_named(run, tree, tmp_path, changes, named):
         call(evaluate, "--ckpt", run, "--data", tree, *FLAGS, "--out", tmp_path / "e", *changes)
 
 
+def test_what_cannot_be_read_is_left_out_and_other_code_scores_anew(run, tree, tmp_path, monkeypatch, capsys):
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    (root / "00010" / "002.png").write_bytes(b"torn")
+    command = ["--ckpt", run, "--data", root, *FLAGS, "--out", tmp_path / "e"]
+    with pytest.raises(Exception, match="00010/002.png: unreadable image"):
+        call(evaluate, *command)
+    call(evaluate, *command, "--skip_bad")
+    assert lines(tmp_path / "e")["samples"]["pairs"] == 8 and "left out: " in capsys.readouterr().out
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "sample.py"))
+    call(evaluate, *command, "--skip_bad")
+    assert [json.loads(line)["row"] for line in (tmp_path / "e").read_text().splitlines()] == 2 * [
+        row for row in ROWS if row != "poses shuffled"
+    ]
+
+
 def test_what_is_rendered_anew_is_scored_anew(run, tree, tmp_path):
     """And a missing checkpoint takes no scores with it, nor do training objects that give no mean."""
     root = Path(shutil.copytree(tree, tmp_path / "tree"))

@@ -20,6 +20,7 @@ import sample
 import train
 from model import noise_schedule
 from tools import archives, pictures
+from tools.autoencoder import AutoencoderKL
 from tools.cli import InputError
 from tools.shapes import look_at
 
@@ -139,7 +140,7 @@ def test_fp8_and_pca(tree, archive, tmp_path, capsys):
 def test_the_vae_as_codec(tree, tmp_path):
     """--codec sd from a file: archived moments are the VAE's, and training, preview and sampling run on them."""
     torch.manual_seed(0)
-    vae = pretrained.AutoencoderKL(32, (1, 1), 1)
+    vae = AutoencoderKL(32, (1, 1), 1)
     torch.save({f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}, tmp_path / "vae.ckpt")
     flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + ["--vae", tmp_path / "vae.ckpt"]
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *flags, "--workers", 0, "--precision", "fp32")
@@ -402,6 +403,24 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
         rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
         assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
         assert image[:, 0, 0].tolist() == [1, 1, 1]
+    faint = np.full((64, 96, 3), 160, np.uint8) + np.random.default_rng(0).integers(-2, 3, (64, 96, 1), np.int8)
+    faint[10:20, 50:70] = 176  # not far from the background
+    faint[60, 90] = 255  # a speck
+    Image.fromarray(faint.astype(np.uint8)).save(tmp_path / "faint.png")
+    image = pictures.load_photo(tmp_path / "faint.png", 256)
+    rows, columns = (np.flatnonzero((image[1] < 0.8).any(dim=axis)) for axis in (1, 0))
+    assert np.abs(np.subtract((columns[0], columns[-1] + 1, rows[0], rows[-1] + 1), (28, 228, 78, 178))).max() < 3
+    corners = np.full((64, 96, 3), 240, np.uint8)  # lit unevenly: a colour can't tell its corners from the object
+    corners[:, :12] = 180
+    corners[10:20, 50:70] = 30
+    Image.fromarray(corners).save(tmp_path / "corners.png")
+    with pytest.raises(InputError, match="corners.png: no alpha and no plain background"):
+        pictures.load_photo(tmp_path / "corners.png", 256)
+    ramp = np.linspace(0, 65535, 3000).astype(">u2")[None].repeat(40, 0)
+    Image.frombytes("I;16B", (3000, 40), ramp.tobytes()).save(tmp_path / "big.tiff")
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "little.png")
+    big, little = (pictures.load_photo(tmp_path / name, 64, crop=False) for name in ("big.tiff", "little.png"))
+    assert (big - little).abs().max() < 0.01
     deep = np.full((90, 9000), 65535, np.uint16)  # which PIL can't shrink by its usual way
     deep[30:60, 3000:6000] = 20000
     Image.fromarray(deep).save(tmp_path / "deep.png")

@@ -23,8 +23,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 import pretrained
 import sample
 from model import NovelViewModel, UNet
-from pretrained import AutoencoderKL, ImageEncoder, SpaceToDepth
+from pretrained import ImageEncoder, SpaceToDepth
 from tools import checkpoints, convert
+from tools.autoencoder import AutoencoderKL, load_autoencoder
 from tools.cli import InputError
 from tools.formats import to_ldm, unet_names, vae_names
 
@@ -119,7 +120,7 @@ def test_unet_equals_diffusers(full, dtype, bound):
 @pytest.mark.parametrize("full", [False, FULL])
 def test_autoencoder_equals_diffusers(full, dtype, bound):
     theirs = randomize(their_vae(full)).to(dtype)
-    ours = pretrained.load_autoencoder(to_ldm(theirs.state_dict())).to(dtype)  # infers the shape
+    ours = load_autoencoder(to_ldm(theirs.state_dict())).to(dtype)  # infers the shape
     assert (ours.channels, ours.factor, ours.scale) == (4, 8 if full else 2, 0.18215)
     ours = ours.requires_grad_(True)
     image = (torch.rand(1, 3, 32, 32) * 2 - 1).to(dtype)
@@ -298,7 +299,7 @@ def test_round_trip_is_bit_for_bit(tmp_path):
         pretrained.CLIP, timm.create_model(pretrained.CLIP, **CLIP_ARGS).state_dict(), (), 56, **CLIP_ARGS
     )
     weights = pretrained.read_weights(tmp_path / "ldm.ckpt")
-    model, vae = NovelViewModel(cls_dim=12, **SMALL_UNET), pretrained.load_autoencoder(weights)
+    model, vae = NovelViewModel(cls_dim=12, **SMALL_UNET), load_autoencoder(weights)
     pretrained.load_pretrained(model, weights)
     convert.write_diffusers(tmp_path / "hf", model, vae)
     for folder, kind in (("unet", UNet2DConditionModel), ("vae", TheirVAE)):
@@ -313,7 +314,7 @@ def test_round_trip_is_bit_for_bit(tmp_path):
     assert same(again, tensors)
     model2 = NovelViewModel(cls_dim=12, **SMALL_UNET)
     pretrained.load_pretrained(model2, again)
-    convert.write_ldm(tmp_path / "zero123.ckpt", model2, pretrained.load_autoencoder(again), encoder)
+    convert.write_ldm(tmp_path / "zero123.ckpt", model2, load_autoencoder(again), encoder)
     written = torch.load(tmp_path / "zero123.ckpt", weights_only=True)["state_dict"]
     assert same({k: v for k, v in written.items() if k in tensors}, tensors)
     ema = {f"model_ema.{k[6:].replace('.', '')}" for k in tensors if k.startswith("model.")}
@@ -332,9 +333,6 @@ def test_writing_refuses_what_others_cannot_represent(tmp_path):
     ):
         with pytest.raises(InputError):
             convert.write_diffusers(tmp_path / "x", model, codec)
-    dino = ImageEncoder("vit_tiny_patch16_224", "random", ())
-    with pytest.raises(InputError, match="CLIP only"):
-        convert.write_ldm(tmp_path / "x.ckpt", small_model(), vae, dino)
     assert not list(tmp_path.iterdir())
     silent = small_model(**fed)
     torch.nn.init.zeros_(silent.unet.amalgamation.weight)
@@ -568,6 +566,13 @@ def test_unreachable_hub_repository_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(info.value)
     with pytest.raises(InputError, match="--vae"):
         pretrained.load_codec("sd")
+    with pytest.raises(InputError, match="no such file"):  # a run's name mistyped, and no repository
+        pretrained.load_checkpoint(str(tmp_path / "runs"))
+
+
+def test_clip_with_another_activation_than_its_weights_is_refused():
+    with pytest.raises(InputError, match="another activation, that of vit_large_patch14_clip_quickgelu_224"):
+        ImageEncoder("vit_large_patch14_clip_224.openai", {}, ())
 
 
 def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
@@ -609,3 +614,15 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
     assert opened.unet.middle_block[1].transformer_blocks[0].attn1.num_heads == 4
     with pytest.raises(InputError, match="4 attention heads"):
         convert.write_ldm(tmp_path / "x.ckpt", four, vae, encoder)
+    with pytest.raises(InputError, match="no weights in this folder.*give CLIP by --encoder_weights"):
+        pretrained.load_checkpoint(tmp_path / "hf")
+    torch.save({"state_dict": {k: v for k, v in torch.load(tmp_path / "zero123.ckpt")["state_dict"].items()
+                               if k != "cc_projection.weight"} | {"cc_projection.weight": torch.zeros(32, 9)}},
+               tmp_path / "other.ckpt")  # fmt: skip
+    with pytest.raises(InputError, match="takes a CLS of 5, CLIP's has"):
+        pretrained.load_checkpoint(tmp_path / "other.ckpt")
+    monkeypatch.setattr(pretrained, "CLIP", "vit_large_patch14_clip_quickgelu_224.openai")
+    monkeypatch.setattr(pretrained, "load_checkpoint", lambda *_: (model, encoder, vae, {}))
+    for out in ("x.ckpt", "x"):
+        with pytest.raises(InputError, match=f"conditioned on {clip}"):
+            call(convert, "--ckpt", "any", "--out", tmp_path / out)

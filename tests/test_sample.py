@@ -159,7 +159,16 @@ def test_a_background_is_removed_by_rembg(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=lambda image: 1 / 0))
     with pytest.raises(InputError, match="busy.png.*rembg could not"):
         pictures.load_photo(tmp_path / "busy.png", 256)
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    seen = []
+    monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=lambda image: seen.append(image) or 1 / 0))
+    with pytest.raises(InputError, match="grey.png.*rembg could not"):
+        pictures.load_photo(tmp_path / "grey.png", 256)
+    assert np.abs(np.asarray(seen[0])[..., 1].astype(int) - noise[..., 0]).max() <= 1  # 16 bits are not clipped to 8
     monkeypatch.setitem(sys.modules, "rembg", None)
+    with pytest.raises(InputError, match="busy.png"):  # before the checkpoint is opened
+        call(sample, "--ckpt", tmp_path / "absent.ckpt", "--image", tmp_path / "busy.png", "--out", tmp_path / "out")
+    assert sample.saved_steps(10, 1) == [9] and sample.saved_steps(10, 3) == [0, 4, 9]
     with pytest.raises(InputError, match="busy.png.*pip install"):
         pictures.load_photo(tmp_path / "busy.png", 256)
 

@@ -9,8 +9,8 @@ from conftest import ROOT, call
 
 import data
 from model import NovelViewModel
-from pretrained import AutoencoderKL
 from tools import consistency, convert, steps, table
+from tools.autoencoder import AutoencoderKL
 from tools.cli import InputError
 
 BLANK = {"data": "d", "split": "val", "protocol": "pairs", "pairs": 4, "image_size": 32, "lpips_net": None,

@@ -1,7 +1,11 @@
-"""Stable Diffusion's autoencoder under LDM's names, for `pretrained.load_autoencoder`. B batch, C latent channels."""
+"""Stable Diffusion's autoencoder under LDM's names, and reading it. B batch, C latent channels."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tools.cli import InputError
+from tools.formats import count, one_line
 
 
 class VAEBlock(nn.Module):
@@ -97,3 +101,18 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+
+def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
+    """The autoencoder under `first_stage_model.`, frozen, in float32; its shape follows from the tensors."""
+    given = {k.removeprefix("first_stage_model."): v for k, v in weights.items() if k.startswith("first_stage_model.")}
+    levels, blocks = count(given, r"encoder\.down\.(\d+)"), count(given, r"encoder\.down\.0\.block\.(\d+)")
+    try:
+        ch, z_channels = len(given["encoder.conv_in.weight"]), len(given["post_quant_conv.weight"])
+        mult = [len(given[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)]
+        with torch.device("meta"):
+            codec = AutoencoderKL(ch, mult, blocks, z_channels)
+        codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
+    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:  # missing, or of another shape
+        raise InputError(f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})") from None
+    return codec.eval().requires_grad_(False)

@@ -34,7 +34,8 @@ import sample
 import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from tools import archives
-from tools.cli import HelpFormatter, InputError, peak_memory, run_script, set_up
+from tools.autoencoder import AutoencoderKL
+from tools.cli import HelpFormatter, InputError, flops_per_sample, peak_memory, run_script, set_up
 from tools.durable import check_writable
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
@@ -46,7 +47,7 @@ SIZES = {
     "tiny": dict(width=32, mult=(1, 2), blocks=1, heads=4, context=32, image=32, vae=(32, 1), vit_size=32,
                  vit="vit_tiny_patch16_224", layers=(3, 7), cls=192, tokens=4, pca=64),
 }  # fmt: skip
-SCALE = pretrained.AutoencoderKL.scale
+SCALE = AutoencoderKL.scale
 
 
 def measure(call, seconds: float, device: torch.device, skip: int = 1, workers: int = 0) -> tuple[float, list]:
@@ -126,7 +127,7 @@ def random_frozen(size: dict, device: torch.device, clip: bool = False):
     name, layers = (size.get("clip", size["vit"]), ()) if clip else (size["vit"], size["layers"])
     encoder = pretrained.ImageEncoder(name, "random", layers, size["vit_size"])
     with device:
-        codec = pretrained.AutoencoderKL(size["vae"][0], num_res_blocks=size["vae"][1])
+        codec = AutoencoderKL(size["vae"][0], num_res_blocks=size["vae"][1])
     codec.to(memory_format=torch.contiguous_format if clip else torch.channels_last)
     return encoder.to(device), codec.eval().requires_grad_(False)
 
@@ -243,7 +244,7 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
             return move.pop("target_mean"), move.pop("target_logvar"), move
 
     model = make_model(size, device, spec, row, args.checkpointing).train()
-    flops = train.flops_per_sample(model, prepare()[2]) + extra
+    flops = flops_per_sample(model, prepare()[2]) + extra
     # A.1's 1,536 samples; Zero-1-to-3's step is long, and its optimiser a trifle of it
     accumulate = args.accumulate or max(1, min(1536 // micro if args.size == "full" else 2, 4 if plain else 1536))
     step = make_step(model, prepare, micro, accumulate, precision, plain)

@@ -105,6 +105,13 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def image_size(path: str) -> int:
+    """The side in pixels of the images that a --ckpt makes: its own, or Zero-1-to-3's. Raises InputError."""
+    file = find_weights(path)
+    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
+    return meta["image_size"] if meta else 256
+
+
 def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
     """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show; says so where it
     knew other features than this encoder's."""

@@ -1,6 +1,7 @@
 """What all scripts share: errors in one line, help with defaults, device and ranks, checks of flags and metadata."""
 
 import argparse
+import copy
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -104,6 +106,15 @@ def agree(flag: bool, world: int) -> bool:
     reduced = torch.tensor(int(flag))
     dist.all_reduce(reduced, dist.ReduceOp.MAX)
     return bool(reduced)
+
+
+def flops_per_sample(model: torch.nn.Module, condition: dict[str, torch.Tensor]) -> int:
+    """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
+    shadow = copy.deepcopy(model).to("meta")
+    one = {key: value[:1].to("meta", torch.float32) for key, value in condition.items()}
+    with FlopCounterMode(display=False) as counter:
+        shadow(one["latent"], torch.zeros(1, device="meta"), one)
+    return 3 * counter.get_total_flops()
 
 
 def peak_memory(device: torch.device) -> float:

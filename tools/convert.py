@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import pretrained
 from model import NovelViewModel
-from pretrained import AutoencoderKL, ImageEncoder, load_checkpoint
+from pretrained import ImageEncoder
+from tools.autoencoder import AutoencoderKL
 from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
 from tools.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
@@ -52,8 +54,6 @@ def write_ldm(path: str | Path, model: NovelViewModel, codec: nn.Module, encoder
     unet, vae, projection = exported(model, codec)
     if (heads := model.unet.middle_block[1].transformer_blocks[0].attn1.num_heads) != 8:
         raise InputError(f"--ckpt: {heads} attention heads; a .ckpt doesn't hold the number, and its readers take 8")
-    if not encoder.clip:
-        raise InputError(f"--ckpt: conditioned on {encoder.name}; zero123's own code knows CLIP only")
     state = {PREFIX["unet"] + k: v for k, v in unet.items()}
     state |= {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in unet.items()}
     state |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(0, dtype=torch.int32)}
@@ -102,7 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.endswith((".pt", ".pth", ".bin", ".safetensors")):
         raise InputError(f"--out {args.out}: x.ckpt, or a folder for diffusers")
-    model, encoder, codec, _ = load_checkpoint(args.ckpt, "cpu", args.encoder_weights, args.vae)
+    model, encoder, codec, _ = pretrained.load_checkpoint(args.ckpt, "cpu", args.encoder_weights, args.vae)
+    if encoder.name != pretrained.CLIP:
+        raise InputError(f"--ckpt: conditioned on {encoder.name}; zero123's code and pipelines know {pretrained.CLIP}")
     if args.out.endswith(".ckpt"):
         write_ldm(args.out, model, codec, encoder)
     else:

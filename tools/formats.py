@@ -239,7 +239,8 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     of a hub repository; parts: which of PREFIX. zero123's EMA replaces the raw UNet. Raises InputError, in one line,
     for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
     """
-    path, hub = Path(source), not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source))
+    path = Path(source)
+    hub = re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source)) and not path.exists() and not path.parent.is_dir()
     if (path / "latest").is_file():  # a run of ours
         path = find_weights(path)
     if hub and path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):

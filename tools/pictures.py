@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -39,6 +39,8 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     object can be told from the background.
     """
     photo = data.open_image(path)
+    if photo.mode == "I;16B":  # which PIL shrinks wrongly
+        photo = Image.fromarray(np.asarray(photo).astype(np.uint16))
     photo.thumbnail((2048, 2048), reducing_gap=None)  # a telephone's would take gigabytes; 16 bits have no reduce()
     rgb, alpha = data.composite(photo)
     if not crop:
@@ -46,11 +48,13 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     if alpha.min() == 1:
         border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
         background = np.median(border, axis=0)
-        if np.abs(border - background).max(axis=1).mean() <= 0.05:
-            alpha = (np.abs(rgb - background).max(axis=2) > 0.1).astype(np.float32)
+        uneven = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
+        if uneven <= 0.06:
+            differs = Image.fromarray(np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12))
+            alpha = np.asarray(differs.convert("L").filter(ImageFilter.MedianFilter(5)), np.float32) / 255  # no specks
             rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
         else:
-            rgb, alpha = data.composite(remove_background(photo, path))
+            rgb, alpha = data.composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
     rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         raise InputError(f"{path}: holds no object: it is all background")
@@ -59,11 +63,11 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
 
 
 def remove_background(photo: Image.Image, path: Path) -> Image.Image:
-    """The photo with its object cut out (RGBA), by rembg's default network, which it downloads when first used."""
+    """The photo (RGB) with its object cut out (RGBA), by rembg's default network, which it downloads at first."""
     try:
         import rembg  # optional: pip install "rembg[cpu]"
 
-        return rembg.remove(photo.convert("RGB"))
+        return rembg.remove(photo)
     except ImportError:
         why = "no alpha and no plain background, and no rembg to remove it"
         raise InputError(f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop') from None
