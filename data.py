@@ -163,12 +163,12 @@ def list_objects(root: str | Path) -> list[str]:
         names, seen = [], set()
         for folder, below, files in os.walk(root, followlinks=True):  # people collect objects by symbolic links
             below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-            inode = os.stat(folder).st_dev, os.stat(folder).st_ino
-            if inode in seen:  # by another name; it might be on either side of the split, or a loop
+            real = os.path.realpath(folder)
+            if real in seen:  # by another name; it might be on either side of the split, or a loop
                 below.clear()
             elif indexed(Path(folder), (".npy",), files):
                 names.append(os.path.relpath(folder, root))
-            seen.add(inode)
+            seen.add(real)
         names.sort()
     if not names:
         raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
