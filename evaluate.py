@@ -189,13 +189,17 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     trained_on = meta.get("objects") if args.rank == 0 else None
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
     if args.skip_bad:
-        pairs = [pair for pair in pairs if readable(pair)]
+        box = [[pair for pair in pairs if readable(pair)] if args.rank == 0 else None]
+        if args.world > 1:
+            dist.broadcast_object_list(box)
+        if not (pairs := box[0]):
+            raise InputError(f"--data {args.data}: no pair of --split {args.split} can be read")
     files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code
-    scripts = ("data", "evaluate", "model", "precompute_dino", "pretrained", "sample")
-    code = b"".join(Path(__file__).with_name(f"{script}.py").read_bytes() for script in scripts)
+    scripts = ("data", "evaluate", "model", "precompute_dino", "pretrained", "sample", "tools/autoencoder")
+    code = b"".join(Path(Path(__file__).parent, f"{script}.py").read_bytes() for script in scripts)
     common["code"] = hashlib.sha256(code).hexdigest()[:12]
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}
     common |= {"lpips_net": args.lpips if "lpips" in metrics else None, "mse_range": [-1, 1], "ssim_window": 11}

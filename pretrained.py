@@ -93,13 +93,12 @@ class ImageEncoder(nn.Module):
             raise InputError(f"--layers {self.layers}: {name} has 0 to {len(vit.blocks) - 1}, to be given rising")
         if image_size % vit.patch_embed.patch_size[0]:
             raise InputError(f"--encoder_size {image_size}: not a multiple of the patch {vit.patch_embed.patch_size}")
-        if "natively QuickGELU" in str(vit.pretrained_cfg.get("notes")) and "quickgelu" not in name:
-            other = name.replace("clip_", "clip_quickgelu_")
-            raise InputError(f"--encoder {name}: its weights are for another activation, that of {other}")
         if weights == "random":
             print(f"WARNING: --weights random: the features of {name} MEAN NOTHING, they only try the pipeline")
         elif isinstance(weights, str):
             load_vit(vit, name, weights)
+            if "natively QuickGELU" in str(vit.pretrained_cfg.get("notes")) and "quickgelu" not in name:
+                print(f"WARNING: the weights want QuickGELU: --encoder {name.replace('_clip_', '_clip_quickgelu_', 1)}")
         positions, grid = vit.pos_embed, vit.patch_embed.grid_size
         vit.set_input_size((image_size, image_size))
         # as transformers for DINOv2, without antialias; for DINOv2 with registers, and others, as timm, with it

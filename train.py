@@ -344,7 +344,7 @@ def main() -> None:
     skips = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite gradients: in a row, in all
     encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
     facts = {"processes": world, "objects": list_id(train_set.names), "frozen": [*encoders, frozen["image_size"]]}
-    facts |= {"encoder_pixels": frozen["encoder"]["image_size"], "val_fraction": frozen["val_fraction"]}
+    facts |= {"encoder_pixels": frozen["encoder"]["image_size"], "held_out": frozen["val_fraction"]}
     if resumed:
         state = checkpoints.restore(resumed, args, facts, rank, model, ema, optimizer, scaler)
         start, seconds = state["step"], state["seconds"]

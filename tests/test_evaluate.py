@@ -269,6 +269,11 @@ def test_what_cannot_be_read_is_left_out_and_other_code_scores_anew(run, tree, t
         call(evaluate, *command)
     call(evaluate, *command, "--skip_bad")
     assert lines(tmp_path / "e")["samples"]["pairs"] == 8 and "left out: " in capsys.readouterr().out
+    bare = Path(shutil.copytree(root, tmp_path / "bare"))
+    for path in [path for name in ("00009", "00010", "00011") for path in (bare / name).glob("*.png")]:
+        path.write_bytes(b"torn")
+    with pytest.raises(InputError, match="no pair of --split val can be read"):
+        call(evaluate, "--ckpt", run, "--data", bare, *FLAGS, "--out", tmp_path / "f", "--skip_bad")
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "sample.py"))
     call(evaluate, *command, "--skip_bad")

@@ -410,6 +410,10 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
     image = pictures.load_photo(tmp_path / "faint.png", 256)
     rows, columns = (np.flatnonzero((image[1] < 0.8).any(dim=axis)) for axis in (1, 0))
     assert np.abs(np.subtract((columns[0], columns[-1] + 1, rows[0], rows[-1] + 1), (28, 228, 78, 178))).max() < 3
+    thin = np.full((64, 96, 3), 255, np.uint8)
+    thin[10:20, 50:70:19] = thin[10:20:9, 50:70] = 0  # a frame one pixel wide
+    Image.fromarray(thin).save(tmp_path / "thin.png")
+    assert (pictures.load_photo(tmp_path / "thin.png", 256)[:, 80:176, 28:228].amin((0, 1)) < 0.5).all()
     corners = np.full((64, 96, 3), 240, np.uint8)  # lit unevenly: a colour can't tell its corners from the object
     corners[:, :12] = 180
     corners[10:20, 50:70] = 30

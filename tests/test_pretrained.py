@@ -570,9 +570,13 @@ def test_unreachable_hub_repository_is_one_line(monkeypatch, tmp_path):
         pretrained.load_checkpoint(str(tmp_path / "runs"))
 
 
-def test_clip_with_another_activation_than_its_weights_is_refused():
-    with pytest.raises(InputError, match="another activation, that of vit_large_patch14_clip_quickgelu_224"):
-        ImageEncoder("vit_large_patch14_clip_224.openai", {}, ())
+def test_clip_with_another_activation_than_its_weights_is_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "load_vit", lambda *_: None)
+    for name, warned in (("vit_base_patch32_clip_224.metaclip_400m", True),
+                         ("vit_base_patch32_clip_quickgelu_224.metaclip_400m", False)):  # fmt: skip
+        ImageEncoder(name, "a file", ())
+        text = "WARNING: the weights want QuickGELU: --encoder vit_base_patch32_clip_quickgelu_224.metaclip_400m"
+        assert (text in capsys.readouterr().out) == warned
 
 
 def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):

@@ -36,7 +36,6 @@ from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, s
 from tools import archives
 from tools.autoencoder import AutoencoderKL
 from tools.cli import HelpFormatter, InputError, flops_per_sample, peak_memory, run_script, set_up
-from tools.durable import check_writable
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -436,7 +435,11 @@ def main() -> None:
     if args.data:
         data.list_objects(args.data)  # so does this
     if args.out:
-        check_writable(Path(args.out))
+        try:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            open(args.out, "a").close()
+        except OSError as error:
+            raise InputError(f"--out {args.out}: could not be written ({error.strerror})") from None
 
     device, _, _ = set_up(args)
     cuda = device.type == "cuda"

@@ -236,8 +236,8 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     """Weights of Stable Diffusion 1.x, zero123 or their like under LDM's names, whatever holds them.
 
     source: a file (.safetensors, .ckpt, .pt, .pth, .bin; LDM's or diffusers' names), a diffusers folder, or the name
-    of a hub repository; parts: which of PREFIX. zero123's EMA replaces the raw UNet. Raises InputError, in one line,
-    for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
+    of a hub repository, where there is no folder of its owner's name; parts: which of PREFIX. zero123's EMA replaces
+    the raw UNet. Raises InputError, in one line, for what is absent, damaged, unsafe, or another model (SD 2.x, SDXL).
     """
     path = Path(source)
     hub = re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", str(source)) and not path.exists() and not path.parent.is_dir()

@@ -50,8 +50,9 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
         background = np.median(border, axis=0)
         uneven = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
         if uneven <= 0.06:
-            differs = Image.fromarray(np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12))
-            alpha = np.asarray(differs.convert("L").filter(ImageFilter.MedianFilter(5)), np.float32) / 255  # no specks
+            differs = np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12)
+            company = Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))  # 5 of 5 x 5 differ
+            alpha = (differs & (np.asarray(company) > 0)).astype(np.float32)  # no specks
             rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
         else:
             rgb, alpha = data.composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
