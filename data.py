@@ -370,10 +370,7 @@ class Archive(torch.utils.data.Dataset):
         def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
             both = zip(places, draws, strict=True)
             rows = [self.read(shard, key, start + draw[which]) for (shard, start), draw in both]
-            batch = rows[0].new_empty(len(rows), *rows[0].shape)
-            if torch.utils.data.get_worker_info():  # it is sent by shared memory; on the heap it fragments it
-                batch.share_memory_()
-            return torch.stack(rows, out=batch)
+            return torch.utils.data.default_collate(rows)  # a worker's in shared memory: its heap would be fragmented
 
         batch = {"target_mean": gather("latent_mean", 2), "target_logvar": gather("latent_logvar", 2)}
         batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}

@@ -9,10 +9,10 @@ line a row, in place of one of the same settings; OUT.pairs/ every pair's values
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
-from functools import partial
 from pathlib import Path
 
 import lpips
@@ -115,12 +115,19 @@ def shuffled(pairs: list[dict], seed: int) -> list[dict]:
     return [pairs[i] | {"move": pairs[j]["move"]} for i, j in zip(order, np.roll(order, 1), strict=True)]
 
 
-def readable(pair: dict) -> bool:
-    """Whether a pair's files can be read; else the reason is printed."""
+def files_of(pair: dict) -> tuple[Path, ...]:
+    return pair["cond"], pair["target"], *pair["move"]
+
+
+@functools.cache  # pairs, and checkpoints, share files
+def readable(path: Path) -> bool:
+    """Whether an image or a pose can be read; else the reason is printed."""
     try:
-        return bool(load_pairs([pair], 32))
+        data.read_pose(path) if path.suffix == ".npy" else data.open_image(path)
+        return True
     except InputError as error:
-        return bool(print(f"left out: {error}"))
+        print(f"left out: {error}")
+        return False
 
 
 def load_pairs(pairs: list[dict], size: int) -> dict:
@@ -160,7 +167,7 @@ def evaluate_row(settings: dict, pairs: list[dict], predict, metrics: dict, args
         done |= json.loads(text) if text.endswith("}}") else {}  # else a crash tore it
     mine = pairs[args.rank :: args.world]
     todo = [pair for pair in mine if pair["key"] not in done]
-    load = partial(load_pairs, size=settings["image_size"])
+    load = functools.partial(load_pairs, size=settings["image_size"])
     loader = torch.utils.data.DataLoader(todo, args.batch_size, collate_fn=load, num_workers=args.workers)
     with open(folder / f"{identity}.{args.rank}", "a") as file:
         for batch in tqdm(loader, desc=settings["row"], unit="batch", disable=args.rank > 0):
@@ -189,12 +196,12 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     trained_on = meta.get("objects") if args.rank == 0 else None
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
     if args.skip_bad:
-        box = [[pair for pair in pairs if readable(pair)] if args.rank == 0 else None]
+        box = [[pair for pair in pairs if all(map(readable, files_of(pair)))] if args.rank == 0 else None]
         if args.world > 1:
             dist.broadcast_object_list(box)
         if not (pairs := box[0]):
             raise InputError(f"--data {args.data}: no pair of --split {args.split} can be read")
-    files = [path.stat() for pair in pairs for path in (pair["cond"], pair["target"], *pair["move"])]
+    files = [path.stat() for pair in pairs for path in files_of(pair)]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code
@@ -210,7 +217,7 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     own |= {f"{part}_sha256": meta[part]["sha256"] for part in ("encoder", "codec")}
     rows = baselines(args.data, fraction, size)  # here, lest an error come after hours of sampling
     others = shuffled(pairs, args.seed) if args.shuffled else None
-    predict = partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)
+    predict = functools.partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)
     lines = evaluate_row(own | {"row": "samples"}, pairs, predict, metrics, args)
     if args.shuffled:
         lines |= evaluate_row(own | {"row": "poses shuffled"}, others, predict, metrics, args)

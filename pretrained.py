@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model import NovelViewModel
 from tools.autoencoder import load_autoencoder
 from tools.checkpoints import build, diffusers_heads, read_model, tensor_hash
-from tools.cli import InputError
+from tools.cli import InputError, hint
 from tools.formats import PREFIX, clip_to_timm, find_weights, from_hub, infer_args, one_line, read_tensors, read_weights
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -236,23 +236,19 @@ def open_encoder(spec: dict, source: str | None = None, tensors: dict[str, Tenso
     """The encoder of a spec, from --encoder_weights, from `own_tensors`, or from where it came. Raises InputError."""
     saved, pca = split_own(tensors or {})
     weights = str(source) if source else saved or spec["weights"]
-    try:
+    with hint("" if source else "; give the weights by --encoder_weights"):
         encoder = ImageEncoder(spec["name"], weights, tuple(spec["layers"]), spec["image_size"], pca)
-    except InputError as error:
-        raise InputError(f"{error}{'' if source else '; give the weights by --encoder_weights'}") from None
     if encoder.spec() | {"weights": spec["weights"]} != {"pca": None} | spec:
         what = f"{source or spec['weights']}: not the {spec['name']}"
         raise InputError(f"--encoder_weights {what} that the model was trained with")
     return encoder
 
 
-def open_codec(spec: dict, source: str | None = None, hint: str = "") -> nn.Module:
-    """The codec of a spec, from --vae or from where it came. Raises InputError, with the hint."""
+def open_codec(spec: dict, source: str | None = None, advice: str = "") -> nn.Module:
+    """The codec of a spec, from --vae or from where it came. Raises InputError, with the advice."""
     given, source = source, source or spec.get("source")
-    try:
+    with hint("" if given else f"; give the VAE by --vae{advice}"):
         codec = load_codec(spec["name"], source, spec["factor"])
-    except InputError as error:
-        raise InputError(f"{error}{'' if given else f'; give the VAE by --vae{hint}'}") from None
     if codec_spec(codec) | {"source": None} != spec | {"source": None}:
         raise InputError(f"--vae {source}: not the VAE that the model was trained with")
     return codec
@@ -276,10 +272,8 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         except Exception as error:  # whatever its shapes do to infer_args
             raise InputError(f"--ckpt {path}: neither ours nor zero123's ({one_line(error)})") from None
         load_pretrained(model, weights, "ckpt")
-        try:
+        with hint("" if encoder_weights else "; give CLIP by --encoder_weights"):
             encoder = ImageEncoder(CLIP, str(encoder_weights or path), layers=())
-        except InputError as error:
-            raise InputError(f"{error}{'' if encoder_weights else '; give CLIP by --encoder_weights'}") from None
         if encoder.cls_dim != model.args["cls_dim"]:
             raise InputError(f"--ckpt {path}: takes a CLS of {model.args['cls_dim']}, CLIP's has {encoder.cls_dim}")
         codec = load_codec("sd", vae) if vae else load_autoencoder(weights)

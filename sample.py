@@ -227,7 +227,8 @@ def main() -> None:
     poses = camera_moves(args.azimuth, args.elevation, args.distance)
     paths = list_photos(args.image)
     device, _, _ = set_up(args)
-    images = [load_photo(path, image_size(args.ckpt), args.crop) for path in paths]  # before what takes long
+    size = image_size(args.ckpt)
+    images = [load_photo(path, size, args.crop) for path in paths]  # before what takes long
     model, encoder, codec, _ = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
     saved = {i: ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)}
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))

@@ -351,8 +351,8 @@ def main() -> None:
         skips += state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)  # it may be lower now
         window += state["window"].to(device) if rank == 0 else 0
         del state, resumed
-    found = {"steps": start, "training objects": len(train_set), "held-out objects": len(val_set)}
-    found |= {"names of objects": list_id(train_set.names + val_set.names), "encoder and codec": facts["frozen"]}
+    found = {"steps": start, "training objects": facts["objects"], "held-out objects": list_id(val_set.names)}
+    found |= {"encoder and codec": facts["frozen"]}
     box = [found]
     if world > 1:  # nodes may see different files, or an archive as it grows
         dist.broadcast_object_list(box)

@@ -78,21 +78,19 @@ def match_patches(a: Tensor, b: Tensor, separate: bool = False) -> Tensor:
 def archived_pairs(args) -> list[tuple[str, list[dict]]]:
     """(title, two views) of each object, seen from directions as near to 45 degrees apart as there are. A view has its
     decoded "picture" (H,W,3) uint8, "patch" (T,K) of the deepest layer, "cover" (T,) bool. Raises InputError."""
-    archive, pairs, wanted = data.Archive(args.archive, "all"), [], len(args.objects or range(4))
+    archive, pairs = data.Archive(args.archive, "all"), []
     encoder, codec = archive.manifest["encoder"], pretrained.open_codec(archive.manifest["codec"], args.vae)
     if not encoder["feature_dim"]:
         raise InputError(f"--archive {args.archive}: holds no patch features (its --layers were empty)")
     layers = 1 if encoder["pca"] else len(encoder["layers"])  # the archive's PCA mixes its layers for good
     indices, keys = {name: i for i, name in enumerate(archive.names)}, ("patch", "alpha", "pose", "latent_mean")
     for name in args.objects or archive.names:
-        if len(pairs) == wanted:
-            break
         count = archive.rows[indices[name]][2] if name in indices else 0
         views = [archive.view(indices[name], i, keys) for i in range(count)]
         views = [view | {"cover": view["alpha"] > 127} for view in views if (view["alpha"] > 127).sum() > 3]
-        if len(views) < 2 and args.objects:
-            raise InputError(f"--objects {name}: no two views of it in {args.archive} with four foreground patches")
         if len(views) < 2:
+            if args.objects:
+                raise InputError(f"--objects {name}: no two views of it in {args.archive} with four foreground patches")
             continue
         centres = data.camera_centre(torch.stack([view["pose"] for view in views]))
         angles = torch.cosine_similarity(centres[:, None], centres, dim=-1).clamp(-1, 1).acos().rad2deg()
@@ -101,6 +99,8 @@ def archived_pairs(args) -> list[tuple[str, list[dict]]]:
             view["picture"] = np.asarray(to_pil(codec.decode(view["latent_mean"][None].float())[0]))
             view["patch"] = view["patch"].double().chunk(layers, dim=1)[-1]
         pairs.append((f"{name}, {angles[i, j]:.0f}° apart", [views[i], views[j]]))
+        if len(pairs) == 4 and not args.objects:
+            break
     if not pairs:
         raise InputError(f"--archive {args.archive}: no object has two views with four foreground patches")
     return pairs

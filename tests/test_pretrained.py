@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_round_trip_is_bit_for_bit(tmp_path):
     weights = pretrained.read_weights(tmp_path / "ldm.ckpt")
     model, vae = NovelViewModel(cls_dim=12, **SMALL_UNET), load_autoencoder(weights)
     pretrained.load_pretrained(model, weights)
-    convert.write_diffusers(tmp_path / "hf", model, vae)
+    convert.write_diffusers(tmp_path / "hf", model, vae, encoder)
     for folder, kind in (("unet", UNet2DConditionModel), ("vae", TheirVAE)):
         opened, info = kind.from_pretrained(tmp_path / "hf" / folder, output_loading_info=True)
         assert not any(info.values())
@@ -326,17 +327,22 @@ def test_round_trip_is_bit_for_bit(tmp_path):
 
 def test_writing_refuses_what_others_cannot_represent(tmp_path):
     vae, fed = AutoencoderKL(32, (1, 1), 1), dict(feature_dim=8, feature_tokens=16, latent_size=8)
+    clip = SimpleNamespace(name=pretrained.CLIP)
     for model, codec in (
         (small_model(**fed), vae),
         (small_model(), SpaceToDepth(2)),
         (small_model(prediction="v"), vae),
     ):
         with pytest.raises(InputError):
-            convert.write_diffusers(tmp_path / "x", model, codec)
+            convert.write_diffusers(tmp_path / "x", model, codec, clip)
+    dino = ImageEncoder("vit_tiny_patch16_224", "random", ())
+    for write, out in ((convert.write_ldm, "x.ckpt"), (convert.write_diffusers, "x")):
+        with pytest.raises(InputError, match="CLIP only"):
+            write(tmp_path / out, small_model(), vae, dino)
     assert not list(tmp_path.iterdir())
     silent = small_model(**fed)
     torch.nn.init.zeros_(silent.unet.amalgamation.weight)
-    convert.write_diffusers(tmp_path / "x", silent, vae)
+    convert.write_diffusers(tmp_path / "x", silent, vae, clip)
 
 
 def test_every_container_and_naming_reads_alike(tmp_path):
@@ -607,7 +613,7 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
         k: v for k, v in pretrained.read_weights(tmp_path / "zero123.ckpt").items() if not k.startswith("cond_stage")
     })  # fmt: skip
     four = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, num_heads=4, **shape)
-    convert.write_diffusers(tmp_path / "hf", four, vae)  # its config.json holds the heads, the .ckpt would not
+    convert.write_diffusers(tmp_path / "hf", four, vae, encoder)  # its config.json holds the heads, the .ckpt would not
     with pytest.raises(InputError, match="--init .*num_heads is 4, here it is 8"):
         checkpoints.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"), encoder.spec())
     (tmp_path / "flat").mkdir()

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, call
@@ -78,17 +79,17 @@ def test_samples_a_pair_are_evaluates_and_tell_lines_apart(tmp_path, capsys):
 def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path):
     shape = dict(in_channels=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
     model = NovelViewModel(cls_dim=12, context_dim=16, num_heads=4, **shape)
-    vae = AutoencoderKL(32, (1, 1), 1)
+    vae, clip = AutoencoderKL(32, (1, 1), 1), SimpleNamespace(name=convert.pretrained.CLIP)
     with pytest.raises(InputError, match="--ckpt: 4 attention heads"):
-        convert.write_ldm(tmp_path / "x.ckpt", model, vae, None)
+        convert.write_ldm(tmp_path / "x.ckpt", model, vae, clip)
     assert not list(tmp_path.iterdir())
     for suffix in (".pt", ".pth", ".bin", ".safetensors"):
         with pytest.raises(InputError, match=f"--out x{suffix}: "):
             call(convert, "--ckpt", "none", "--out", f"x{suffix}")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/unet/diffusion_pytorch_model.safetensors: could not be written"):
-        convert.write_diffusers(tmp_path / "file", model, vae)
-    convert.write_diffusers(tmp_path / "folder", model, vae)
+        convert.write_diffusers(tmp_path / "file", model, vae, clip)
+    convert.write_diffusers(tmp_path / "folder", model, vae, clip)
     assert json.loads((tmp_path / "folder/unet/config.json").read_text())["attention_head_dim"] == 4
 
 

@@ -358,9 +358,7 @@ def bench_archive(args, size: dict, device: torch.device):
         if not args.data:
             from tools.shapes import shapes  # here: few need the renderer
 
-            threads = torch.get_num_threads()
             shapes(Path(flags.data), 8, 4, 2 * size["image"], 0, device.type, 0)  # Objaverse's are 512 px, too
-            torch.set_num_threads(threads)  # of which it left one
         members = dict.fromkeys(range(10_000), (2 * data.list_objects(flags.data))[:64])
 
         how, cuda = (encoder, codec, flags, device), device.type == "cuda"

@@ -1,6 +1,7 @@
 """What all scripts share: errors in one line, help with defaults, device and ranks, checks of flags and metadata."""
 
 import argparse
+import contextlib
 import copy
 import os
 import re
@@ -12,12 +13,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
 class InputError(ValueError):
     """Something that the user gave is wrong: one line that names the file or the flag."""
+
+
+@contextlib.contextmanager
+def hint(text: str):
+    """Adds the text to an InputError from within."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}{text}") from None
 
 
 def run_script(main):
@@ -110,6 +119,8 @@ def agree(flag: bool, world: int) -> bool:
 
 def flops_per_sample(model: torch.nn.Module, condition: dict[str, torch.Tensor]) -> int:
     """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode  # here: it takes .2 s, and few scripts need it
+
     shadow = copy.deepcopy(model).to("meta")
     one = {key: value[:1].to("meta", torch.float32) for key, value in condition.items()}
     with FlopCounterMode(display=False) as counter:

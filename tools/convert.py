@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import pretrained
 from model import NovelViewModel
-from pretrained import ImageEncoder
 from tools.autoencoder import AutoencoderKL
 from tools.cli import HelpFormatter, InputError, run_script
 from tools.durable import write_atomically
@@ -35,8 +34,10 @@ def clip_to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def exported(model: NovelViewModel, codec: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def exported(model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder) -> tuple[dict, ...]:
     """(UNet, codec, cc_projection) for other codebases; InputError where those cannot represent the model."""
+    if encoder.name != pretrained.CLIP:
+        raise InputError(f"--ckpt: conditioned on {encoder.name}; zero123's code and pipelines know its CLIP only")
     parts = (model.unet, codec, model.cc_projection)
     unet, vae, projection = ({k: v.float().cpu() for k, v in part.state_dict().items()} for part in parts)
     if unet.pop("amalgamation.weight", torch.zeros(1)).any():
@@ -46,12 +47,12 @@ def exported(model: NovelViewModel, codec: nn.Module) -> tuple[dict[str, Tensor]
     return unet, vae, projection
 
 
-def write_ldm(path: str | Path, model: NovelViewModel, codec: nn.Module, encoder: ImageEncoder) -> None:
+def write_ldm(path: str | Path, model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder) -> None:
     """A .ckpt for zero123's own code and threestudio: all of it, for their loader leaves random what is missing.
 
     They sample the EMA: the weights are written as both, once on disk, for the tensors share memory.
     """
-    unet, vae, projection = exported(model, codec)
+    unet, vae, projection = exported(model, codec, encoder)
     if (heads := model.unet.middle_block[1].transformer_blocks[0].attn1.num_heads) != 8:
         raise InputError(f"--ckpt: {heads} attention heads; a .ckpt doesn't hold the number, and its readers take 8")
     state = {PREFIX["unet"] + k: v for k, v in unet.items()}
@@ -63,9 +64,11 @@ def write_ldm(path: str | Path, model: NovelViewModel, codec: nn.Module, encoder
     write_atomically(Path(path), lambda temporary: torch.save({"state_dict": state, "global_step": 0}, temporary))
 
 
-def write_diffusers(folder: str | Path, model: NovelViewModel, codec: nn.Module) -> None:
+def write_diffusers(
+    folder: str | Path, model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder
+) -> None:
     """unet/, vae/ and zero123-hf's cc_projection/, each with the config.json by which diffusers opens it."""
-    unet, vae, projection = exported(model, codec)
+    unet, vae, projection = exported(model, codec, encoder)
     unet = {new: unet[old] for old, new in unet_names(unet).items()}
     vae = {new: vae[old] for old, new in vae_names(vae).items()}
     vae = {k: v.flatten(1) if ".attentions." in k and v.ndim == 4 else v for k, v in vae.items()}
@@ -103,12 +106,10 @@ def main() -> None:
     if args.out.endswith((".pt", ".pth", ".bin", ".safetensors")):
         raise InputError(f"--out {args.out}: x.ckpt, or a folder for diffusers")
     model, encoder, codec, _ = pretrained.load_checkpoint(args.ckpt, "cpu", args.encoder_weights, args.vae)
-    if encoder.name != pretrained.CLIP:
-        raise InputError(f"--ckpt: conditioned on {encoder.name}; zero123's code and pipelines know {pretrained.CLIP}")
     if args.out.endswith(".ckpt"):
         write_ldm(args.out, model, codec, encoder)
     else:
-        write_diffusers(args.out, model, codec)
+        write_diffusers(args.out, model, codec, encoder)
     print(f"wrote {args.out}")
 
 

@@ -46,21 +46,29 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     if not crop:
         return fit(rgb, 0, size)
     if alpha.min() == 1:
-        border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-        background = np.median(border, axis=0)
-        uneven = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
-        if uneven <= 0.06:
-            differs = np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12)
-            company = Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))  # 5 of 5 x 5 differ
-            alpha = (differs & (np.asarray(company) > 0)).astype(np.float32)  # no specks
-            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
-        else:
+        alpha = off_plain_background(rgb)
+        if alpha is None:
             rgb, alpha = data.composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
+        else:
+            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
     rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         raise InputError(f"{path}: holds no object: it is all background")
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return fit(rgb[box], round(size * 28 / 256), size)
+
+
+def off_plain_background(rgb: np.ndarray) -> np.ndarray | None:
+    """What differs in colour from a plain, evenly lit background, the border's: rgb (H,W,3) in [0,1] -> alpha (H,W) of
+    zeros and ones, without specks. None where the border shows no such background."""
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    background = np.median(border, axis=0)
+    uneven = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
+    if uneven > 0.06:
+        return None
+    differs = np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12)
+    company = Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))  # 5 of 5 x 5 differ
+    return (differs & (np.asarray(company) > 0)).astype(np.float32)
 
 
 def remove_background(photo: Image.Image, path: Path) -> Image.Image:

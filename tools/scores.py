@@ -77,8 +77,9 @@ def read_curves(args) -> list[tuple]:
             points = {s["step"]: (s[at], s[metric]) for s in lines if type(s.get(metric)) in (int, float)}
             found[run] |= {metric: points} if points else {}
     there = [metric for metric in usual if all(metric in each for each in found.values())]
+    metrics = args.metric or there[: 1 if args.eval else 2] or usual[:1]  # two scores on one axis would flatten one
     for label, runs in labels:
-        for metric in args.metric or there[: 1 if args.eval else 2] or usual[:1]:
+        for metric in metrics:
             if lacking := [run for run in runs if metric not in found[run]]:
                 raise InputError(f"--metric {metric}: {lacking[0]} has no such metric")
             points = [found[run][metric] for run in runs]  # {step: (x, y)} of each run

@@ -224,9 +224,11 @@ def shapes(
         raise InputError("--device cuda: this machine has no CUDA device")
     work = partial(write_object, out, views, size, seed, device, orbit, plain, max(5, len(str(objects - 1))))
     workers = 0 if device == "cuda" else workers
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: threads only wait for each other; processes share the work
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
     write_list(out, list(tqdm(loader, desc="shapes", unit="object")))
+    torch.set_num_threads(threads)
 
 
 def add_command(commands) -> None:
