@@ -82,7 +82,7 @@ def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
 def load_image(path: str | Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """File -> (image (3,size,size) float32 in [-1,1] on white, alpha (size,size) float32 in [0,1]).
 
-    What is not square is stretched, as in Zero-1-to-3. InputError as in open_image.
+    What is not square is stretched. InputError as in open_image.
     """
     rgb, alpha = composite(open_image(path))
     planes = resize(np.concatenate([rgb, alpha[..., None]], axis=2), size, size)

@@ -250,7 +250,7 @@ def main() -> None:
     group.add_argument("--samples", type=int, default=1, help="samples a pair")
     group.add_argument("--batch_size", type=int, default=16, help="pairs at a time, a process")
     group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
-    group = parser.add_argument_group("output (MSE is of images in [-1,1]: the paper does not state its range)")
+    group = parser.add_argument_group("output (the paper names neither LPIPS's network nor MSE's range, [-1,1] here)")
     group.add_argument("--lpips", choices=["alex", "vgg", "squeeze", "none"], default="alex", help="LPIPS's network")
     group.add_argument("--lpips_backbone", help="file of that network's torchvision weights; default: a download")
     group.add_argument("--out", default="eval.jsonl", help="file that gets a line a row of the table")

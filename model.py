@@ -37,7 +37,7 @@ def make_cc_projection(cls_dim: int, context_dim: int) -> nn.Linear:
     """Zero-1-to-3's linear map from [CLS, pose] (B, cls_dim + 4) to the context token (B, context_dim).
 
     Where the widths agree it starts as the identity on CLS, so that the token is at first what Stable Diffusion image
-    variations was trained on; the pose columns keep PyTorch's default initialisation.
+    variations was trained on, but for the pose's share: its columns keep PyTorch's default initialisation.
     """
     linear = nn.Linear(cls_dim + 4, context_dim)
     if cls_dim == context_dim:
@@ -68,6 +68,9 @@ def amalgamate(features: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
 
     features (B, T, K), weight (C, K), matrix (N, T) -> (B, C, H, W), a view of channels-last memory. The two linear
     maps commute; they run in the order that projects fewer tokens. Zero features give exactly zero: there is no bias.
+
+    Section 3.3 says that features are concatenated, converted by one linear layer, interpolated and added. Ours are:
+    where (at a stage's entry, before its skip), how to resize, no bias, a part of the layer a stage, zero at first.
     """
     size = math.isqrt(matrix.shape[0])
     if matrix.shape[0] < matrix.shape[1]:
@@ -408,9 +411,10 @@ class NovelViewModel(nn.Module):
     ) -> Tensor:
         """x_t (B, C, H, W), t (B,) -> (B, C, H, W).
 
-        condition: "latent" (B, C, H, W), the condition view's, unscaled; "cls" (B, cls_dim); "pose" (B, 4), the camera
-        move; "patch" (B, T, K), unless the model amalgamates nothing. keep_context, keep_latent (B,) bool: False puts
-        the null in place of (context and features, condition latent) for classifier-free guidance.
+        condition: "latent" (B, C, H, W), the condition view's, unscaled where x_t is scaled by the codec's factor (a
+        quirk of Zero-1-to-3's that its checkpoints need); "cls" (B, cls_dim); "pose" (B, 4), the camera move; "patch"
+        (B, T, K), unless the model amalgamates nothing. keep_context, keep_latent (B,) bool: False puts the null in
+        place of (context and features, condition latent) for classifier-free guidance.
         """
         latent = condition["latent"]
         context = self.cc_projection(torch.cat([condition["cls"], condition["pose"]], dim=1))[:, None]  # (B, 1, D)

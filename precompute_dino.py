@@ -1,7 +1,7 @@
 """Archive everything frozen, once: DINOv2's features and the VAE's posterior moments of every view (section 3.4).
 
 Neither encoder takes part in backpropagation, so training need not run them. The paper archives DINOv2's outputs, for
-10% of the training time; the VAE costs more than the UNet, so its moments are archived too.
+10% of the training time. Deviation: the VAE costs more than the UNet, so its moments are archived too.
 
     python precompute_dino.py --data data/shapes --archive out/archive --codec pixels --image_size 64 \
         --encoder vit_tiny_patch16_224 --weights random --layers 5 11 --encoder_size 64           # a CPU, in a minute
@@ -37,7 +37,10 @@ from tools.durable import lock, write_atomically
 
 
 def autocast(device: torch.device, precision: str):
-    """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32."""
+    """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32.
+
+    Deviation: bf16 is the default on GPUs; the Lightning 1.4.2 of the paper's A.1 has only fp16.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -46,7 +49,7 @@ def autocast(device: torch.device, precision: str):
 def encode(image: Tensor, encoder, codec) -> dict[str, Tensor]:
     """What is archived of each image (B,3,H,W) in [-1,1]: latent_mean, latent_logvar, cls and, with layers, patch.
 
-    Sampling calls it too: archived features and a photo's are the same.
+    Sampling calls it too: archived features and a photo's are the same, but for --precision and the format on disk.
     """
     mean, logvar = codec.encode(image)
     cls, patch = encoder(image)
@@ -260,7 +263,7 @@ def main() -> None:
     group = parser.add_argument_group("system")
     group.add_argument("--batch_size", type=int, default=64, help="views a batch")
     group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
+    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4: 16 bits)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--compile", action="store_true", help="torch.compile encoder and codec")
     args = parser.parse_args()

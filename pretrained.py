@@ -159,7 +159,8 @@ class ImageEncoder(nn.Module):
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """3.4's additional LayerNorm, which cures 16-bit training: over channels, no parameters, float32."""
+    """3.4's additional LayerNorm, which cures 16-bit training. It gives no details: over each layer's channels, and for
+    DINOv2's CLS too, without parameters and in float32 are ours."""
     return F.layer_norm(x.float(), x.shape[-1:])
 
 

@@ -33,7 +33,8 @@ from tools.pictures import list_photos, load_photo, write_views
 def ddim_timesteps(steps: int) -> list[int]:
     """`steps` timesteps, evenly spaced, noisiest first. Raises InputError unless 1 <= steps <= 1000.
 
-    Deviation: starts at 999, where the noise is strongest and sampling really starts; Zero-1-to-3 leaves it out.
+    Deviation: starts at 999, where the noise is strongest and sampling really starts; Zero-1-to-3 leaves it out. The
+    last step returns its predicted x0; Zero-1-to-3's goes from t = 1 to alpha_bar_0.
     """
     if not 1 <= steps <= TIMESTEPS:
         raise InputError(f"--steps {steps}: between 1 and {TIMESTEPS}")
@@ -172,8 +173,10 @@ def add_sampler_flags(group) -> None:
     """Flags shared by sample.py, evaluate.py and tools/."""
     group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
     group.add_argument("--steps", type=int, default=50, help="sampling steps (figure 1: 200; Zero-1-to-3's demo: 75)")
-    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
-    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
+    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (the paper is silent; "
+                       "Zero-1-to-3's demo: 1)")  # fmt: skip
+    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (the paper is "
+                       "silent; Zero-1-to-3's demo: 3)")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 

@@ -86,14 +86,14 @@ def parse_args() -> argparse.Namespace:
     flag("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
     flag("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after warm-up (3.4, A.1)")
     flag("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
-    flag("--cc_lr", type=float, default=1, help="multiple of --lr for cc_projection (Zero-1-to-3: 10)")
+    flag("--cc_lr", type=float, default=1, help="of --lr, for cc_projection (the paper is silent; Zero-1-to-3: 10)")
     flag("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
-    flag("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; ours)")
+    flag("--clip", type=float, default=1.0, help="gradient norm's bound (the paper is silent; Zero-1-to-3: inf)")
     flag("--ema", type=float, default=0.9999, help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)")
     flag("--max_skips", type=int, default=10, help="non-finite gradients in a row that stop the run")
 
     flag = parser.add_argument_group("system").add_argument
-    flag("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4), else fp32")
+    flag("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, else fp32 (3.4: 16 bits)")
     flag("--compile", action=toggle, default=False, help="torch.compile the UNet, and --online what is frozen")
     flag("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
     flag("--device", default="auto", help="auto, cpu or cuda")
@@ -145,14 +145,14 @@ def learning_rate(step: int, args) -> float:
 
 
 def ema_decay(step: int, cap: float) -> float:
-    """Zero-1-to-3's (LDM's) warm-up of the EMA, counted in optimiser steps from 0."""
-    return min(cap, (1 + step) / (10 + step))
+    """Zero-1-to-3's (LDM's) warm-up of the EMA, counted in optimiser steps from 0: 2/11 at first."""
+    return min(cap, (2 + step) / (11 + step))
 
 
 @torch.no_grad()  # the weights have gradients: a graph of all updates would grow with every step
 def update_ema(averaged: list[Tensor], trained: list[Tensor], decay: float) -> None:
     """EMA of all that trains, once an optimiser step (A.1): averaged = decay * averaged + (1 - decay) * trained."""
-    # Deviation: Zero-1-to-3 leaves out cc_projection and counts micro-batches.
+    # Deviation: A.1 and Zero-1-to-3 average the UNet alone; Zero-1-to-3 counts micro-batches.
     torch._foreach_lerp_(averaged, trained, 1 - decay)
 
 

@@ -185,7 +185,7 @@ def test_learning_rate_and_ema_by_hand():
     assert rates == pytest.approx([5e-7, 5e-5, 1e-4, 1e-4, 5.5e-5, 1e-5])
     args.lr_schedule = "constant"
     assert train.learning_rate(29_999, args) == 1e-4
-    assert train.ema_decay(0, 0.9999) == 0.1 and train.ema_decay(89, 0.9999) == 90 / 99
+    assert train.ema_decay(0, 0.9999) == 2 / 11 and train.ema_decay(88, 0.9999) == 90 / 99
     assert train.ema_decay(10**6, 0.9999) == 0.9999
 
 

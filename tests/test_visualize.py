@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -195,6 +196,10 @@ def test_wild_puts_the_input_before_the_views(monkeypatch, tmp_path):
     assert [ax.get_title() for ax in figure.axes] == ["input", "view 0", "view 1", "", ""]
     with pytest.raises(InputError, match="input.png: "):
         draw(monkeypatch, tmp_path, "wild", tmp_path)
+
+    shutil.copytree(tmp_path / "cat", tmp_path / "baseline" / "cat")  # the same image, by another model
+    figure = draw(monkeypatch, tmp_path, "wild", tmp_path / "cat", tmp_path / "baseline" / "cat")
+    assert [ax.get_ylabel() for ax in figure.axes[::3]] == [f"{tmp_path.name}/cat", "baseline/cat"]
 
 
 # -------------------------------------------------------------------------------------------------- figures 6, 7

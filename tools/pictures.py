@@ -33,10 +33,10 @@ def list_photos(path: str) -> list[Path]:
 def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
 
-    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image. The
-    object is where alpha says or, without alpha, what differs from a plain background or what rembg (an optional
-    package) cuts out of another. Without crop the whole image is set on a white square. Raises InputError where no
-    object can be told from the background.
+    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image
+    (Deviation: what is smaller is enlarged, too). The object is where alpha says or, without alpha, what differs from a
+    plain background or what rembg (an optional package) cuts out of another. Without crop the whole image is set on a
+    white square. Raises InputError where no object can be told from the background.
     """
     photo = data.open_image(path)
     if photo.mode == "I;16B":  # which PIL shrinks wrongly
