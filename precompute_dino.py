@@ -159,7 +159,9 @@ def load_views(members: dict[int, list[str]], args, bad: list[str]):
 def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
     """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU. What a
     GPU has encoded is still on its way."""
-    with autocast(device, args.precision):
+    # only whole batches compiled: once it saw another size, the compiler's code would be for any, and slower
+    stance = "default" if len(batch["image"]) == args.batch_size else "force_eager"
+    with torch.compiler.set_stance(stance), autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
     forms = {"patch": args.patch_dtype}
     out = {k: stored(value, forms.get(k, "fp16")).to("cpu", non_blocking=True) for k, value in rows.items()}
@@ -194,6 +196,7 @@ def patch_cover(alpha: Tensor, tokens: int) -> Tensor:
     return F.adaptive_avg_pool2d(alpha[:, None], round(tokens**0.5)).flatten(1)
 
 
+@torch.compiler.set_stance("force_eager")
 def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
     """PCA of the patch features of foreground tokens: {"mean" (K0,), "components" (K0, K) float32}."""
     count, total, outer = 0, 0, 0
@@ -211,6 +214,7 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
     return {"mean": mean.float().cpu(), "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu()}
 
 
+@torch.compiler.set_stance("force_eager")
 def storage_error(image: Tensor, encoder, args, device: torch.device) -> float:
     """Of images' patch features as archived (PCA, fp8): the error's root mean square over that of the features."""
     with autocast(device, args.precision):

@@ -378,6 +378,10 @@ def main() -> None:
     # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
     signal.pthread_sigmask(signal.SIG_BLOCK, durable.SIGNALS)
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
+    if args.compile:
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()  # the compiler's processes, too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, durable.SIGNALS)
     atexit.register(durable.kill_workers)
     log_path, bad = out / "log.jsonl", []

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the sizes here gain nothing from more
 
 FROZEN = (
-    "--codec pixels --image_size 32 --encoder vit_tiny_patch16_224 --weights random --layers 3 7 --encoder_size 64 "
-    "--val_fraction 0.25"
+    "--device cpu --codec pixels --image_size 32 --encoder vit_tiny_patch16_224 --weights random --layers 3 7 "
+    "--encoder_size 64 --val_fraction 0.25"
 ).split()
 SMALL = (
     "--width 32 --channel_mult 1 2 --res_blocks 1 --attention 2 --heads 4 --context_dim 16 --prediction v --lr 1e-3 "

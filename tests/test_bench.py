@@ -79,11 +79,15 @@ def test_a_missing_package_and_too_little_memory_are_rows_too(tmp_path, capsys, 
     def train_row(*args):
         if not full.append(0) and len(full) == 2:
             raise torch.OutOfMemoryError("so it goes")
+        if args[5] == "reduce-overhead":
+            raise RuntimeError("accessing tensor output of CUDAGraphs that has been overwritten")
         return real(*args)
 
     monkeypatch.setattr(bench, "train_row", train_row)
     flags = ["--rows", "ours", "reading", "diffusers", "--accumulate", 1, "--profile"]
     ours, reading, diffusers = measured(capsys, tmp_path / "x", "train", *flags)
+    (graphs,) = measured(capsys, tmp_path / "y", "train", "--rows", "ours", "--compile", "reduce-overhead")
+    assert graphs["status"] == "failed: accessing tensor output of CUDAGraphs that has been overwritten"
     assert ours["status"] == "ok" and reading["status"] == "out of memory"
     times = ours["profile_ms"]
     assert min(times[kind] for kind in ("convolution", "gemm", "attention", "copies", "norm+pointwise")) > 0

@@ -260,6 +260,11 @@ def test_a_full_gpu_is_one_line():
     def fill_for_a_product():
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
+    def fill_for_a_convolution():
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    with pytest.raises(SystemExit, match="^error: GET was unable to find an engine .*; a smaller --batch"):
+        run_script(fill_for_a_convolution)
     with pytest.raises(SystemExit, match="^error: CUDA out of memory. Tried to allocate 2.00 GiB; a smaller --batch"):
         run_script(fill)
     with pytest.raises(SystemExit, match="^error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED .*; a smaller --batch"):

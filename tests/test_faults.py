@@ -381,6 +381,29 @@ def test_signals_and_a_killed_worker(small, tmp_path):
     assert newest(tmp_path / "twice") == newest(tmp_path / "worker") == 4
 
 
+def test_a_signal_leaves_the_compiler_at_work(small, tmp_path):
+    """torchrun's goes to the whole process group, which inductor's own processes are in."""
+    pytest.importorskip("triton")  # the pool is for kernels of triton alone
+
+    def interrupt():
+        from torch._inductor.async_compile import AsyncCompile
+
+        kernel = AsyncCompile.process_pool().submit(time.sleep, 1)
+        os.killpg(0, signal.SIGTERM)
+        kernel.result(60)
+
+    def setup():
+        os.setsid()
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+        torch.nn.Module.compile = lambda self, **options: None  # inductor takes minutes of a CPU
+        at_step(4, interrupt)
+
+    shutil.copytree(small / "at4", tmp_path / "run")
+    log = tmp_path / "log"
+    assert wait(fork(training(small, tmp_path / "run", "--compile"), log, setup)) == 0, log.read_text()
+    assert (tmp_path / "run" / "preempted").exists() and newest(tmp_path / "run") == 5
+
+
 @pytest.mark.parametrize("error", ["ZeroDivisionError", "InputError"])
 def test_whatever_ends_training_its_workers_end_too(archive, tmp_path, error):
     """Else Python would wait for them before it exits, and torchrun for the rank."""

@@ -35,7 +35,8 @@ import train
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 from tools import archives
 from tools.autoencoder import AutoencoderKL
-from tools.cli import HelpFormatter, InputError, flops_per_sample, peak_memory, run_script, set_up
+from tools.cli import HelpFormatter, InputError, flops_per_sample, out_of_memory, peak_memory, run_script, set_up
+from tools.formats import one_line
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -311,8 +312,10 @@ def bench_train(args, size: dict, device: torch.device):
                     record["ratio"] = ours and ours / record["samples_per_second"]
                 except ImportError as error:
                     record["status"] = f"not run: {error}"
-                except torch.OutOfMemoryError:
-                    record["status"] = "out of memory"
+                except RuntimeError as error:  # CUDA graphs, for one, refuse to accumulate gradients
+                    if not out_of_memory(error) and mode not in ("reduce-overhead", "max-autotune"):
+                        raise
+                    record["status"] = "out of memory" if out_of_memory(error) else f"failed: {one_line(error)}"
                 gc.collect()
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()  # does nothing on a CPU

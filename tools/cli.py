@@ -40,7 +40,7 @@ def run_script(main):
         end_bars()
         sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error):  # cuBLAS's, cuDNN's
+        if out_of_memory(error):
             end_bars()
             tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph
             less = "a smaller --batch_size takes less (train.py: with more --accumulate), or --checkpointing"
@@ -54,6 +54,12 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory was too small; cuBLAS and cuDNN have words of their own for that."""
+    theirs = "STATUS_ALLOC_FAILED", "unable to find an engine to execute"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in theirs)
 
 
 def end_bars() -> None:
