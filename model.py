@@ -388,7 +388,9 @@ class NovelViewModel(nn.Module):
 
     Args:
         cls_dim: width of the image encoder's [CLS] token (DINOv2 ViT-L/14: 1024; CLIP's embedding: 768).
-        prediction: "eps" (the paper's; what Stable Diffusion's weights predict) or "v" (for training from scratch).
+        prediction: what the output is, "eps" (the paper's; Stable Diffusion's) or, to train from scratch, "v" or "x0".
+            A network narrower than its input has no room for the noise that eps and v hold; images are simpler (Li &
+            He 2025, "Back to Basics: Let Denoising Generative Models Denoise").
         unet: the UNet's arguments.
     """
 
@@ -437,15 +439,15 @@ def noise_schedule(prediction: str = "eps") -> Tensor:
 
     Stable Diffusion's last step still holds .068 of the image, though sampling starts from pure noise. Finetuning must
     live with that. Training from scratch need not: on small, mostly white images the wrong mean shows as dark samples.
-    Deviation: with v prediction, which stays defined there, sqrt(alpha_bar) is shifted and scaled to end at exactly
+    Deviation: predicting v or x0, which stay defined there, sqrt(alpha_bar) is shifted and scaled to end at exactly
     zero and start unchanged (Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", 3.1).
     """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     root = (1 - betas).cumprod(0).sqrt()
-    if prediction == "v":
+    if prediction in ("v", "x0"):
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     elif prediction != "eps":
-        raise ValueError(f"prediction is eps or v, not {prediction!r}")
+        raise ValueError(f"prediction is eps, v or x0, not {prediction!r}")
     return (root**2).float()
 
 
@@ -495,13 +497,19 @@ def predicted_x0_eps(output: Tensor, x_t: Tensor, t: Tensor, alpha_bar: Tensor, 
     """(x0, eps) that the model's output implies, each (B, C, H, W) float32: equation 3's "predicted x0" and F."""
     alpha, sigma = schedule_at(alpha_bar, t)
     output, x_t = output.float(), x_t.float()
+    if prediction == "x0":
+        return output, (x_t - alpha * output) / sigma
     if prediction == "v":
         return alpha * x_t - sigma * output, alpha * output + sigma * x_t
     return (x_t - sigma * output) / alpha, output
 
 
 def diffusion_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """Equation 2 with w(t) = 1, a value a sample: the squared error in the noise (or in v), its mean over C, H, W."""
+    """Equation 2 with w(t) = 1, a value a sample: the squared error in the noise (or in v), its mean over C, H, W.
+
+    With x0 prediction it is v's, too, x0's over sigma², but for nearly clean steps, which would outweigh all others.
+    """
     alpha, sigma = schedule_at(alpha_bar, t)
-    target = alpha * noise - sigma * x0 if prediction == "v" else noise
-    return (output.float() - target).square().mean(dim=(1, 2, 3))
+    target = {"eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[prediction]
+    weight = 1 / sigma.square().clamp(min=0.1) if prediction == "x0" else 1
+    return (weight * (output.float() - target).square()).mean(dim=(1, 2, 3))

@@ -1,7 +1,7 @@
 """Train Efficient-3DiM (Jiang et al., ICLR 2024; sections 3 and A.1), or its Zero-1-to-3 baseline.
 
     python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 --res_blocks 1 \
-        --attention 1 2 --heads 4 --context_dim 128 --prediction v --t_sampling uniform --steps 100 --batch_size 16 \
+        --attention 1 2 --heads 4 --context_dim 128 --prediction x0 --t_sampling uniform --steps 100 --batch_size 16 \
         --accumulate 1 --val_every 0 --preview_every 0                                      # a CPU, a minute
     python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile --batch_size 192 \
         --accumulate 8                                                                      # one GPU
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     flag("--checkpointing", action=toggle, default=False, help="recompute blocks in backward, for memory")
 
     flag = parser.add_argument_group("diffusion").add_argument
-    flag("--prediction", choices=["eps", "v"], default="eps", help="eps (eq. 2), or v (ours: to train from scratch)")
+    flag("--prediction", choices=["eps", "v", "x0"], default="eps", help="eps (eq. 2); v, x0: to train from scratch")
     flag("--t_sampling", choices=["gaussian", "uniform"], default="gaussian", help="3.2; from scratch: uniform")
     flag("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
     flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")

@@ -215,10 +215,11 @@ def test_schedules():
     assert eps[0] == pytest.approx(1 - betas[0]) and eps[1] == pytest.approx((1 - betas[0]) * (1 - betas[1]))
     assert eps[-1].sqrt() == pytest.approx(0.068, abs=5e-4)
     v = noise_schedule("v")
+    assert torch.equal(v, noise_schedule("x0"))
     assert v[-1] == 0 and v[0] == pytest.approx(eps[0]) and (v.diff() < 0).all()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_prediction_and_loss_agree(prediction):
     """The output with zero loss is the one from which the true x0 and noise are read back."""
     generator = torch.Generator().manual_seed(0)
@@ -226,9 +227,11 @@ def test_prediction_and_loss_agree(prediction):
     t = torch.tensor([0, 10, 500, 900, 998])
     alpha_bar = noise_schedule(prediction)
     alpha, sigma = alpha_bar[t].sqrt()[:, None, None, None], (1 - alpha_bar[t]).sqrt()[:, None, None, None]
-    output = noise if prediction == "eps" else alpha * noise - sigma * x0
+    output = {"eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[prediction]
     assert diffusion_loss(output, x0, noise, t, alpha_bar, prediction).abs().max() < 1e-10
-    assert diffusion_loss(output + 2, x0, noise, t, alpha_bar, prediction) == pytest.approx(4, rel=1e-4)
+    wrong = 1 if prediction == "x0" else 2  # in x0: as 1 / sigma in v, and at the cleanest steps as 10**0.5
+    expected = [10, 10, *(1 / sigma.flatten()[2:] ** 2).tolist()] if prediction == "x0" else 5 * [4]
+    assert diffusion_loss(output + wrong, x0, noise, t, alpha_bar, prediction).tolist() == pytest.approx(expected, 1e-4)
     back_x0, back_noise = predicted_x0_eps(output, q_sample(x0, t, noise, alpha_bar), t, alpha_bar, prediction)
     torch.testing.assert_close(back_x0, x0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(back_noise, noise, atol=1e-4, rtol=1e-4)

@@ -261,6 +261,7 @@ def test_log_and_preview(run):
     ["--no-amalgamate"], ["--cond_dropout", 0.3], ["--cc_lr", 10], ["--lr_schedule", "constant"], ["--clip", 0.01],
     ["--weight_decay", 0.5], ["--seed", 1], ["--ema", 0.2], ["--precision", "bf16"], ["--lr_min", 1e-3],
     ["--t_sampling", "gaussian", "--t_std", 400], ["--warmup", 3], ["--attention", 1], ["--lr", 1e-4],
+    ["--prediction", "x0"],
 ])  # fmt: skip
 def test_every_training_flag_changes_the_result(run, archive, tmp_path, changes):
     call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN, *changes, "--val_every", 0, "--log_every", 6)
@@ -308,7 +309,7 @@ def test_every_flag_has_help_and_is_used(name):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
     """A model that knows x0 answers with the noise that x_t then holds; every sampler must end at x0."""
     x0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -318,7 +319,7 @@ def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
         def forward(self, x_t, t, condition, keep_context=None, keep_latent=None):
             ab = alpha_bar[t][:, None, None, None]
             noise = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
-            return noise if prediction == "eps" else ab.sqrt() * noise - (1 - ab).sqrt() * x0
+            return {"eps": noise, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x0, "x0": x0}[prediction]
 
     oracle = Oracle()
     oracle.alpha_bar, oracle.prediction = alpha_bar, prediction

@@ -31,14 +31,14 @@ def exact_model(spread: float, prediction: str) -> torch.nn.Module:
             ab = alpha_bar[t][:, None, None, None]
             x0 = ab.sqrt() * spread**2 / (ab * spread**2 + 1 - ab) * x_t
             noise = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
-            return noise if prediction == "eps" else ab.sqrt() * noise - (1 - ab).sqrt() * x0
+            return {"eps": noise, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x0, "x0": x0}[prediction]
 
     model = Exact()
     model.alpha_bar, model.prediction = alpha_bar, prediction
     return model
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_dpm_solver_is_of_second_order(prediction):
     """On a case whose probability-flow ODE is solved by hand: half the step, a quarter of the error; DDIM: half."""
     model, spread = exact_model(0.5, prediction), 0.5
@@ -61,7 +61,7 @@ def test_dpm_solver_is_of_second_order(prediction):
     assert error("dpm", 40) < error("ddim", 40) / 4
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_dpm_solver_needs_fewer_steps_than_ddim(prediction):
     model, spread = exact_model(0.5, prediction), 0.5
     x_T, ab = torch.randn((3, 8, 8), generator=sample.seeded(0)), model.alpha_bar[999]
