@@ -14,8 +14,8 @@ demo: $(VENV)/demo
 		$(PYTHON) data.py shapes --out $(DEMO)/data.part --objects 768 --views 12 --size 32 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
 	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction x0 --t_sampling uniform \
-		--steps 1500 --batch_size 32 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
-		--precision fp32 --log_every 50 --val_every 500 --val_pairs 32 --preview_every 0 --save_every 500 --workers 1
+		--steps 1200 --batch_size 32 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
+		--precision fp32 --log_every 50 --val_every 400 --val_pairs 32 --preview_every 0 --save_every 400 --workers 1
 	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00767/000.png --no-crop --orbit 12 --steps 10 --scale 2 \
 		--out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif

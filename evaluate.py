@@ -28,7 +28,7 @@ import sample
 from tools import pictures
 from tools.archives import list_id
 from tools.checkpoints import tensor_hash
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
+from tools.cli import HelpFormatter, InputError, from_rank_0, require_positive, run_script, set_up
 from tools.durable import write_jsonl
 from tools.scores import open_table
 
@@ -103,7 +103,8 @@ def fixed_pairs(
     for i, c, t in dict.fromkeys(drawn[:count]):
         (cond, cond_pose), (target, target_pose) = views[i][c], views[i][t]
         pair = {"key": f"{names[i]} {cond.stem} {target.stem}", "object": i, "view": int(target.stem)}
-        pairs.append(pair | {"cond": cond, "target": target, "move": (cond_pose, target_pose)})
+        pair |= {"cond": cond, "target": target, "move": (cond_pose, target_pose)}
+        pairs.append(pair | {"files": (cond, target, cond_pose, target_pose)})
     return pairs
 
 
@@ -113,10 +114,6 @@ def shuffled(pairs: list[dict], seed: int) -> list[dict]:
         raise InputError("--shuffled: takes two pairs or more")
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[i] | {"move": pairs[j]["move"]} for i, j in zip(order, np.roll(order, 1), strict=True)]
-
-
-def files_of(pair: dict) -> tuple[Path, ...]:
-    return pair["cond"], pair["target"], *pair["move"]
 
 
 @functools.cache  # pairs, and checkpoints, share files
@@ -196,12 +193,10 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     trained_on = meta.get("objects") if args.rank == 0 else None
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
     if args.skip_bad:
-        box = [[pair for pair in pairs if all(map(readable, files_of(pair)))] if args.rank == 0 else None]
-        if args.world > 1:
-            dist.broadcast_object_list(box)
-        if not (pairs := box[0]):
+        sound = [pair for pair in pairs if args.rank == 0 and all(map(readable, pair["files"]))]
+        if not (pairs := from_rank_0(sound, args.world)):
             raise InputError(f"--data {args.data}: no pair of --split {args.split} can be read")
-    files = [path.stat() for pair in pairs for path in files_of(pair)]
+    files = [path.stat() for pair in pairs for path in pair["files"]]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code
@@ -245,7 +240,7 @@ def main() -> None:
     group.add_argument("--pairs", type=int, help="at most so many; default: one an object, or all of --protocol first")
     group.add_argument("--skip_bad", action="store_true", help="leave out pairs that can't be read, and name them")
     group.add_argument("--shuffled", action="store_true", help="also give the model other pairs' camera moves")
-    group = parser.add_argument_group("sampler")
+    group = parser.add_argument_group("sampler (the paper names none of its settings)")
     sample.add_sampler_flags(group)
     group.add_argument("--samples", type=int, default=1, help="samples a pair")
     group.add_argument("--batch_size", type=int, default=16, help="pairs at a time, a process")
@@ -261,10 +256,9 @@ def main() -> None:
     args.device, args.rank, args.world = set_up(args)
     lines: dict[str, dict] = {}
     open_table(Path(args.out))
-    box = [open_lpips(args.lpips, args.lpips_backbone) if args.rank == 0 and args.lpips != "none" else None]
-    if args.world > 1:
-        dist.broadcast_object_list(box)  # LPIPS is everywhere, or nowhere
-    metrics = {"psnr": psnr, "ssim": ssim, "mse": mse} | ({"lpips": box[0].to(args.device)} if box[0] else {})
+    network = open_lpips(args.lpips, args.lpips_backbone) if args.rank == 0 and args.lpips != "none" else None
+    network = from_rank_0(network, args.world)  # everywhere, or nowhere
+    metrics = {"psnr": psnr, "ssim": ssim, "mse": mse} | ({"lpips": network.to(args.device)} if network else {})
     for path in args.ckpt:
         lines |= evaluate_checkpoint(path, args, metrics)
     if args.rank == 0:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import pretrained
 from tools.archives import ARCHIVE_FORMAT, check_manifest, check_space, save_manifest, save_shard, shard_path
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
+from tools.cli import HelpFormatter, InputError, from_rank_0, require_positive, run_script, set_up
 from tools.durable import lock, write_atomically
 
 # ------------------------------------------------------------------------------------------- shared with train, sample
@@ -283,10 +283,8 @@ def main() -> None:
 
     members = {s: names[s * data.SHARD_OBJECTS : (s + 1) * data.SHARD_OBJECTS]
                for s in range(-(-len(names) // data.SHARD_OBJECTS))}  # fmt: skip
-    box = [{s: shard for s, shard in members.items() if not shard_path(args.archive, s).exists()}]
-    if world > 1:
-        dist.broadcast_object_list(box)  # a network's file system may show nodes different shards
-    members = box[0]
+    members = {s: shard for s, shard in members.items() if not shard_path(args.archive, s).exists()}
+    members = from_rank_0(members, world)  # a network's file system may show nodes different shards
 
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"

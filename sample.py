@@ -173,10 +173,8 @@ def add_sampler_flags(group) -> None:
     """Flags shared by sample.py, evaluate.py and tools/."""
     group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
     group.add_argument("--steps", type=int, default=50, help="sampling steps (figure 1: 200; Zero-1-to-3's demo: 75)")
-    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (the paper is silent; "
-                       "Zero-1-to-3's demo: 1)")  # fmt: skip
-    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (the paper is "
-                       "silent; Zero-1-to-3's demo: 3)")  # fmt: skip
+    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
+    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -214,7 +212,7 @@ def main() -> None:
     group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
     group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change (training is at 1.5 to 2.2)")
     group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
-    group = parser.add_argument_group("sampler")
+    group = parser.add_argument_group("sampler (the paper names none of its settings)")
     add_sampler_flags(group)
     group.add_argument("--stochastic_conditioning", action="store_true", help="for consistency: one view at a time, "
                        "each step conditioned on the input or an earlier view, drawn at random")  # fmt: skip

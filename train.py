@@ -353,11 +353,9 @@ def main() -> None:
         del state, resumed
     found = {"steps": start, "training objects": facts["objects"], "held-out objects": list_id(val_set.names)}
     found |= {"encoder and codec": facts["frozen"]}
-    box = [found]
-    if world > 1:  # nodes may see different files, or an archive as it grows
-        dist.broadcast_object_list(box)
-    if other := [key for key in found if found[key] != box[0][key]]:
-        numbers = f"{other[0]}: {found[other[0]]}, rank 0 {box[0][other[0]]}"
+    first = cli.from_rank_0(found, world)  # nodes may see different files, or an archive as it grows
+    if other := [key for key in found if found[key] != first[key]]:
+        numbers = f"{other[0]}: {found[other[0]]}, rank 0 {first[other[0]]}"
         raise InputError(f"--out {out}, --archive or --data: rank {rank} finds other {numbers}; is one being written?")
     global_batch = args.batch_size * args.accumulate * world
 

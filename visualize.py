@@ -189,9 +189,7 @@ def wild(args) -> Figure:
     files = [[Path(folder, "input.png"), *sorted(Path(folder).glob("[0-9][0-9][0-9].png"))] for folder in args.folders]
     rows = [[np.asarray(data.open_image(file).convert("RGB")) for file in row] for row in files]
     titles = ["input", *(f"view {i}" for i in range(max(map(len, rows)) - 1))]
-    names = [row[0].parent.name for row in files]
-    if len(set(names)) < len(names):  # the same images by several models, each in its own --out
-        names = [f"{row[0].parent.parent.name}/{name}" for row, name in zip(files, names, strict=True)]
+    names = ["/".join(row[0].absolute().parts[-3:-1]) for row in files]  # with --out's, which tells models apart
     return picture_grid(rows, titles, names)
 
 

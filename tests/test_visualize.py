@@ -192,7 +192,7 @@ def test_wild_puts_the_input_before_the_views(monkeypatch, tmp_path):
     figure = draw(monkeypatch, tmp_path, "wild", tmp_path / "cat", tmp_path / "dog")
     shown = [[image.get_array()[0, 0, 0] for image in ax.images] for ax in figure.axes]
     assert shown == [[0], [60], [120], [0], [60]]
-    assert [ax.get_ylabel() for ax in figure.axes] == ["cat", "", "", "dog", ""]
+    assert [ax.get_ylabel() for ax in figure.axes] == [f"{tmp_path.name}/cat", "", "", f"{tmp_path.name}/dog", ""]
     assert [ax.get_title() for ax in figure.axes] == ["input", "view 0", "view 1", "", ""]
     with pytest.raises(InputError, match="input.png: "):
         draw(monkeypatch, tmp_path, "wild", tmp_path)

@@ -114,6 +114,14 @@ def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.devic
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def from_rank_0(value, world: int):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def agree(flag: bool, world: int) -> bool:
     """Whether any rank's flag is set; over gloo, so that no GPU is waited for."""
     if world == 1:
