@@ -8,7 +8,7 @@ SMALL := --width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 
 
 .PHONY: demo ablation test clean
 
-# On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 9 min on two cores.
+# On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 8 min on two cores.
 demo: $(VENV)/demo
 	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
 		$(PYTHON) data.py shapes --out $(DEMO)/data.part --objects 768 --views 12 --size 32 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
