@@ -10,6 +10,7 @@ Each command writes OUT.png and OUT.pdf; figure 3 is a diagram in the README:
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -46,7 +47,7 @@ def picture_grid(rows: list[list[np.ndarray]], columns: list[str], names: list[s
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             ax = figure.add_subplot(len(rows), len(columns), i * len(columns) + j + 1, xticks=[], yticks=[])
-            ax.set(title="" if i else columns[j], ylabel="" if j else names[i])
+            ax.set(title="" if i else columns[j], ylabel="" if j else textwrap.fill(names[i], 20))
             ax.imshow(picture, interpolation="nearest")
     return figure
 

@@ -211,7 +211,7 @@ def test_ema_follows_the_raw_weights(run, archive, tmp_path):
     before, after = weights(run, 3), weights(tmp_path / "run", 4)
     raw = raw_weights(tmp_path / "run", 4)
     name = "unet.middle_block.0.in_layers.2.weight"
-    torch.testing.assert_close(after[name], before[name] * 4 / 13 + raw[name] * 9 / 13)
+    torch.testing.assert_close(after[name], before[name] * 5 / 14 + raw[name] * 9 / 14)
 
 
 def test_resuming_is_bit_for_bit(run, archive, tmp_path):
