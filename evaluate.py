@@ -103,8 +103,7 @@ def fixed_pairs(
     for i, c, t in dict.fromkeys(drawn[:count]):
         (cond, cond_pose), (target, target_pose) = views[i][c], views[i][t]
         pair = {"key": f"{names[i]} {cond.stem} {target.stem}", "object": i, "view": int(target.stem)}
-        pair |= {"cond": cond, "target": target, "move": (cond_pose, target_pose)}
-        pairs.append(pair | {"files": (cond, target, cond_pose, target_pose)})
+        pairs.append(pair | {"cond": cond, "target": target, "move": (cond_pose, target_pose)})
     return pairs
 
 
@@ -114,6 +113,10 @@ def shuffled(pairs: list[dict], seed: int) -> list[dict]:
         raise InputError("--shuffled: takes two pairs or more")
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[i] | {"move": pairs[j]["move"]} for i, j in zip(order, np.roll(order, 1), strict=True)]
+
+
+def files_of(pair: dict) -> tuple[Path, ...]:
+    return pair["cond"], pair["target"], *pair["move"]
 
 
 @functools.cache  # pairs, and checkpoints, share files
@@ -193,10 +196,10 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     trained_on = meta.get("objects") if args.rank == 0 else None
     pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
     if args.skip_bad:
-        sound = [pair for pair in pairs if args.rank == 0 and all(map(readable, pair["files"]))]
+        sound = [pair for pair in pairs if args.rank == 0 and all(map(readable, files_of(pair)))]
         if not (pairs := from_rank_0(sound, args.world)):
             raise InputError(f"--data {args.data}: no pair of --split {args.split} can be read")
-    files = [path.stat() for pair in pairs for path in pair["files"]]
+    files = [path.stat() for pair in pairs for path in files_of(pair)]
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code

@@ -510,6 +510,8 @@ def diffusion_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_b
     With x0 prediction it is v's, too, x0's over sigma², but for nearly clean steps, which would outweigh all others.
     """
     alpha, sigma = schedule_at(alpha_bar, t)
-    target = {"eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[prediction]
-    weight = 1 / sigma.square().clamp(min=0.1) if prediction == "x0" else 1
-    return (weight * (output.float() - target).square()).mean(dim=(1, 2, 3))
+    if prediction == "x0":
+        weight = 1 / sigma.square().clamp(min=0.1)
+        return (weight * (output.float() - x0).square()).mean(dim=(1, 2, 3))
+    target = alpha * noise - sigma * x0 if prediction == "v" else noise
+    return (output.float() - target).square().mean(dim=(1, 2, 3))

@@ -312,10 +312,13 @@ def bench_train(args, size: dict, device: torch.device):
                     record["ratio"] = ours and ours / record["samples_per_second"]
                 except ImportError as error:
                     record["status"] = f"not run: {error}"
-                except RuntimeError as error:  # CUDA graphs, for one, refuse to accumulate gradients
-                    if not out_of_memory(error) and mode not in ("reduce-overhead", "max-autotune"):
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        record["status"] = "out of memory"
+                    elif mode in ("reduce-overhead", "max-autotune"):  # CUDA graphs refuse to accumulate gradients
+                        record["status"] = f"failed: {one_line(error)}"
+                    else:
                         raise
-                    record["status"] = "out of memory" if out_of_memory(error) else f"failed: {one_line(error)}"
                 gc.collect()
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()  # does nothing on a CPU
