@@ -11,7 +11,7 @@ SMALL := --width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 
 # On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 8 min on two cores.
 demo: $(VENV)/demo
 	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
-		$(PYTHON) data.py shapes --out $(DEMO)/data.part --objects 768 --views 12 --size 32 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
+		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 --views 12 --size 32 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
 	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
 	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction x0 --t_sampling uniform \
 		--steps 1200 --batch_size 32 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
@@ -26,7 +26,7 @@ demo: $(VENV)/demo
 
 # Table 1's and figure 6's ablations at a size that a CPU can take; the script says how to make them larger.
 ablation: $(VENV)/demo
-	PYTHON=$(PYTHON) tools/ablation.sh
+	PYTHON=$(PYTHON) studies/ablation.sh
 
 # What CI runs: ruff and pytest, in a virtual environment.
 test: $(VENV)/test

@@ -7,12 +7,11 @@ Zero-1-to-3's layout (its `objaverse-rendering` and `ldm/data/simple.py`), which
                             y up, looks along -z), world z up, field of view 49.134 degrees
 The object's longest bounding-box edge is 1, centred; cameras look at it from anywhere on spheres of radius 1.5 to 2.2.
 
-    python data.py shapes --out data/shapes --objects 512 --views 12 --size 64     # procedural objects, on the CPU
-    python data.py shapes --out data/shapes256 --objects 4096 --size 256 --device cuda
-    python data.py check --data data/shapes                                        # validate any tree
+    python -m tools.shapes --out data/shapes --objects 512 --views 12 --size 64     # procedural objects, on the CPU
+    python -m tools.shapes --out data/shapes256 --objects 4096 --size 256 --device cuda
+    python -m tools.check --data data/shapes                                        # validate any tree
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -25,68 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
-from tools.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_path
-from tools.cli import InputError, run_script
+from lib.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_path
+from lib.cli import InputError
+from lib.images import IMAGE_EXTENSIONS, load_image
 
 TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm: 49.134 degrees
-MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content: PIL would run Ghostscript on an EPS
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """A decoded PIL image, turned upright by its EXIF tag. InputError if absent, too large, or not wholly readable."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height <= MAX_PIXELS:
-                image.load()
-                if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-                    raise ValueError("of floats or 32-bit numbers, whose range is anybody's guess")
-                return ImageOps.exif_transpose(image)
-    except Exception as error:  # PIL raises nearly anything on malformed files
-        raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
-    raise InputError(f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)")
-
-
-def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """PIL image of any mode -> (rgb (H,W,3) composited onto white, alpha (H,W)), float32 in [0,1].
-
-    Deviation: Zero-1-to-3 only whitens pixels of alpha exactly 0, which leaves halos on antialiased edges.
-    """
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion to 8 bits would clip
-        grey = (np.asarray(image, np.float32) / 65535).clip(0, 1)
-        alpha = (np.asarray(image) != image.info.get("transparency", -1)).astype(np.float32)
-        rgb = np.repeat(grey[..., None], 3, axis=2)
-    else:
-        rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
-        rgb, alpha = rgba[..., :3], rgba[..., 3]
-    return rgb * alpha[..., None] + (1 - alpha[..., None]), alpha
-
-
-def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """(H,W,C) in [0,1] -> (C,height,width) in [0,1], bilinear, antialiased (PIL's).
-
-    In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
-    """
-    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)]
-    planes = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
-    return torch.from_numpy(np.stack(planes)).clamp(0, 1)
-
-
-def load_image(path: str | Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """File -> (image (3,size,size) float32 in [-1,1] on white, alpha (size,size) float32 in [0,1]).
-
-    What is not square is stretched. InputError as in open_image.
-    """
-    rgb, alpha = composite(open_image(path))
-    planes = resize(np.concatenate([rgb, alpha[..., None]], axis=2), size, size)
-    return planes[:3] * 2 - 1, planes[3]
 
 
 # ---- poses -----------------------------------------------------------------------------------------------------------
@@ -192,6 +136,15 @@ def split_objects(names: list[str], val_fraction: float, split: str) -> list[str
         raise InputError(f"--val_fraction {val_fraction}: expected a number from 0 to 1")
     n_train = math.floor((1 - Fraction(str(float(val_fraction)))) * len(names))  # exact: 1 - .9 of 10 is 1, not 0
     return {"train": names[:n_train], "val": names[n_train:], "all": list(names)}[split]
+
+
+# ---- seeds
+
+
+def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose draws depend on all the numbers given (seed, object, view, ...)."""
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator(device).manual_seed(int(seed))
 
 
 # ---- pairs of views --------------------------------------------------------------------------------------------------
@@ -380,22 +333,3 @@ class Archive(torch.utils.data.Dataset):
         elif self.patch and "patch" in self.shapes:
             batch["patch"] = gather("patch", 1)
         return batch
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """`check` and `shapes` are in tools/: they import this file, and few readers need them."""
-    from tools import check, shapes
-
-    parser = argparse.ArgumentParser(description="Validate posed images, or make some up.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check.add_command(commands)
-    shapes.add_command(commands)
-    args = parser.parse_args()
-    args.run(args)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -25,12 +25,14 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
-from tools import pictures
-from tools.archives import list_id
-from tools.checkpoints import tensor_hash
-from tools.cli import HelpFormatter, InputError, from_rank_0, require_positive, run_script, set_up
-from tools.durable import write_jsonl
-from tools.scores import open_table
+from lib import images as pictures
+from lib.archives import list_id
+from lib.checkpoints import tensor_hash
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.distributed import from_rank_0, set_up
+from lib.files import write_jsonl
+from lib.images import load_image, open_image
+from lib.scores import open_table
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def files_of(pair: dict) -> tuple[Path, ...]:
 def readable(path: Path) -> bool:
     """Whether an image or a pose can be read; else the reason is printed."""
     try:
-        data.read_pose(path) if path.suffix == ".npy" else data.open_image(path)
+        data.read_pose(path) if path.suffix == ".npy" else open_image(path)
         return True
     except InputError as error:
         print(f"left out: {error}")
@@ -132,7 +134,7 @@ def readable(path: Path) -> bool:
 
 def load_pairs(pairs: list[dict], size: int) -> dict:
     """{"pairs", "cond" and "target" (B,3,size,size), "pose" (B,4)}."""
-    images = {key: torch.stack([data.load_image(pair[key], size)[0] for pair in pairs]) for key in ("cond", "target")}
+    images = {key: torch.stack([load_image(pair[key], size)[0] for pair in pairs]) for key in ("cond", "target")}
     moves = [[torch.from_numpy(data.read_pose(path)) for path in pair["move"]] for pair in pairs]
     return images | {"pairs": pairs, "pose": torch.stack([data.relative_pose(*move) for move in moves])}
 
@@ -142,7 +144,7 @@ def sample_pairs(batch: dict, model, encoder, codec, args):
     condition = sample.condition_on(batch["cond"].to(args.device), encoder, codec)
     condition["pose"] = batch["pose"].to(args.device)
     for k in range(args.samples):
-        noise = [sample.seeded(args.seed, pair["object"], pair["view"], k) for pair in batch["pairs"]]
+        noise = [data.seeded(args.seed, pair["object"], pair["view"], k) for pair in batch["pairs"]]
         latent = sample.ddim(model, [condition], noise, **sample.sampler_flags(args))
         yield sample.decode(latent, codec)
 
@@ -203,7 +205,7 @@ def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
     digest = hashlib.sha256(json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode())
     common = {"data": str(Path(args.data).absolute()), "split": args.split, "val_fraction": fraction}
     common["files"] = digest.hexdigest()[:12]  # what is rendered anew is scored anew, and with other code
-    scripts = ("data", "evaluate", "model", "precompute_dino", "pretrained", "sample", "tools/autoencoder")
+    scripts = ("data", "evaluate", "model", "pretrained", "sample", "lib/images", "lib/autoencoder")
     code = b"".join(Path(Path(__file__).parent, f"{script}.py").read_bytes() for script in scripts)
     common["code"] = hashlib.sha256(code).hexdigest()[:12]
     common |= {"protocol": args.protocol, "pairs": len(pairs), "image_size": size, "torch": torch.__version__}

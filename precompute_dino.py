@@ -29,71 +29,11 @@ from tqdm import tqdm
 
 import data
 import pretrained
-from tools.archives import ARCHIVE_FORMAT, check_manifest, check_space, save_manifest, save_shard, shard_path
-from tools.cli import HelpFormatter, InputError, from_rank_0, require_positive, run_script, set_up
-from tools.durable import lock, write_atomically
-
-# ------------------------------------------------------------------------------------------- shared with train, sample
-
-
-def autocast(device: torch.device, precision: str):
-    """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32.
-
-    Deviation: bf16 is the default on GPUs; the Lightning 1.4.2 of the paper's A.1 has only fp16.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-
-@torch.no_grad()
-def encode(image: Tensor, encoder, codec) -> dict[str, Tensor]:
-    """What is archived of each image (B,3,H,W) in [-1,1]: latent_mean, latent_logvar, cls and, with layers, patch.
-
-    Sampling calls it too: archived features and a photo's are the same, but for --precision and the format on disk.
-    """
-    mean, logvar = codec.encode(image)
-    cls, patch = encoder(image)
-    rows = {"latent_mean": mean, "latent_logvar": logvar, "cls": cls}
-    return rows if patch is None else rows | {"patch": patch}
-
-
-def add_encoder_flags(group) -> None:
-    """The flags that choose what is frozen, shared by precompute_dino.py and train.py --online."""
-    group.add_argument("--image_size", type=int, default=256, help="side of the images in pixels (4.1)")
-    group.add_argument("--encoder", default=pretrained.DINOV2, help="a timm ViT (3.3; CLIP for Zero-1-to-3's baseline)")
-    group.add_argument("--weights", default="pretrained", help="encoder's weights: pretrained, random, or a file")
-    group.add_argument("--encoder_size", type=int, default=224, help="the encoder's input in pixels: 16x16 patches")
-    group.add_argument("--layers", type=int, nargs="*", default=[5, 11, 17, 23], help="encoder blocks whose patch "
-                       "features are kept, from 0, shallow to deep (3.3 gives no numbers; ours)")  # fmt: skip
-    group.add_argument("--codec", choices=["sd", "pixels"], default="sd", help="SD's VAE, or lossless space-to-depth")
-    group.add_argument("--pixels_factor", type=int, default=4, help="downsampling of --codec pixels")
-    group.add_argument("--vae", help="weights of --codec sd: any Stable Diffusion checkpoint or VAE, or a hub name")
-    group.add_argument("--val_fraction", type=float, default=0.01, help="share of objects held out, the last (4.1)")
-
-
-def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[str, Tensor] | None = None):
-    """(encoder, codec) that the flags of `add_encoder_flags` and --compile describe, on the device, channels-last.
-
-    tensors: what no public file holds, as `pretrained.own_tensors` gives it.
-    """
-    codec = pretrained.load_codec(args.codec, args.vae, args.pixels_factor)
-    if args.image_size % codec.factor:
-        raise InputError(f"--image_size {args.image_size} is not a multiple of the codec's factor {codec.factor}")
-    saved, pca = pretrained.split_own(tensors or {})
-    weights = saved if args.weights == "random" and saved else args.weights
-    encoder = pretrained.ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
-    encoder, codec = encoder.to(device), codec.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        compile_frozen(encoder, codec)
-    return encoder, codec
-
-
-def compile_frozen(encoder, codec=None) -> None:
-    """torch.compile what is run of them, in place."""
-    encoder.features = torch.compile(encoder.features)
-    if codec is not None:
-        codec.encode = torch.compile(codec.encode)
-
+from lib.archives import ARCHIVE_FORMAT, check_manifest, check_space, save_manifest, save_shard, shard_path
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.distributed import from_rank_0, set_up
+from lib.files import lock, write_atomically
+from pretrained import add_encoder_flags, autocast, encode, open_frozen
 
 # ------------------------------------------------------------------------------------------------------ the writer
 

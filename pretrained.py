@@ -4,6 +4,8 @@ Foreign weights are read into LDM's names, those of Stable Diffusion 1.x and zer
 `first_stage_model.*`, `cc_projection.*`, `cond_stage_model.*`. B batch, C latent channels, T patch tokens, D width.
 """
 
+import argparse
+import json
 import re
 from pathlib import Path
 
@@ -14,11 +16,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from lib.autoencoder import load_autoencoder
+from lib.checkpoints import read_checkpoint, read_meta, tensor_hash
+from lib.cli import InputError, hint
+from lib.formats import PREFIX, clip_to_timm, find_weights, from_hub, infer_args, one_line, read_tensors, read_weights
 from model import NovelViewModel
-from tools.autoencoder import load_autoencoder
-from tools.checkpoints import build, diffusers_heads, read_model, tensor_hash
-from tools.cli import InputError, hint
-from tools.formats import PREFIX, clip_to_timm, find_weights, from_hub, infer_args, one_line, read_tensors, read_weights
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 CLIP = "vit_large_patch14_clip_quickgelu_224.openai"  # Zero-1-to-3's
@@ -255,6 +257,58 @@ def open_codec(spec: dict, source: str | None = None, advice: str = "") -> nn.Mo
     return codec
 
 
+def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
+    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
+
+    Raises InputError where it is damaged, or its parts don't fit together.
+    """
+    if (found := read_checkpoint(path)) is None:
+        return None
+    meta, tensors = found
+    try:
+        side, tokens = meta["image_size"] // meta["codec"]["factor"], meta["encoder"]["tokens"]
+        if (meta["model"]["latent_size"], meta["model"]["feature_tokens"]) != (side, tokens):
+            raise ValueError("latent_size or feature_tokens is not the codec's or encoder's")
+        model = build(meta["model"], tensors)
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    except Exception as error:  # the arguments may be anything
+        raise InputError(f"{path}: its weights do not fit its metadata ({one_line(error)})") from None
+    return meta, tensors, model
+
+
+def build(args: dict, tensors: dict[str, Tensor]) -> NovelViewModel:
+    """The model of these arguments, allocated once they turn out to ask for the sizes of the tensors given for it."""
+    if len(args["channel_mult"]) > 16 or args["num_res_blocks"] > 64:
+        raise ValueError("absurd sizes")
+    with torch.device("meta"):
+        sizes = {name: value.numel() for name, value in NovelViewModel(**args).state_dict().items()}
+    if wrong := [name for name, size in sizes.items() if name in tensors and tensors[name].numel() != size]:
+        raise ValueError(f"{len(wrong)} tensors are of another shape, {wrong[0]} for one")
+    return NovelViewModel(**args)
+
+
+def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
+    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show; says so where it
+    knew other features than this encoder's."""
+    path, config = Path(source), Path(source, "unet", "config.json")
+    file = find_weights(path) if (path / "latest").is_file() or (path / "model.safetensors").exists() else path
+    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
+    theirs = {key: meta["model"].get(key) for key in ("prediction", "num_heads")} if meta else diffusers_heads(config)
+    for key, value in theirs.items():
+        if value != model.args[key]:
+            raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
+    if meta and any(meta["encoder"].get(key) != encoder[key] for key in ("sha256", "layers")):
+        print(f"init: {source} was trained with another image encoder, or other layers of it")
+
+
+def diffusers_heads(config: Path) -> dict[str, int]:
+    """{"num_heads"} of a diffusers UNet's config.json, the one place that holds it; {} where there is no such file."""
+    try:
+        return {"num_heads": json.loads(config.read_text()).get("attention_head_dim", 8)} if config.is_file() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{config}: not a diffusers configuration ({one_line(error)})") from None
+
+
 def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None, vae: str | None = None):
     """(model with EMA weights in eval mode, encoder, codec, meta) from --ckpt: ours, or a zero123 checkpoint."""
     file = find_weights(path)
@@ -281,3 +335,65 @@ def load_checkpoint(path: str, device="cpu", encoder_weights: str | None = None,
         meta = {"image_size": 256, "val_fraction": 0.01, "encoder": encoder.spec(), "codec": codec_spec(codec)}
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return model, encoder.to(device), codec.to(device, memory_format=torch.channels_last), meta
+
+
+# ------------------------------------------------------------------------------------------- what is frozen, by flags
+
+
+def autocast(device: torch.device, precision: str):
+    """16-bit mixed precision (section 3.4): precision is bf16, fp16 or fp32.
+
+    Deviation: bf16 is the default on GPUs; the Lightning 1.4.2 of the paper's A.1 has only fp16.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+@torch.no_grad()
+def encode(image: Tensor, encoder, codec) -> dict[str, Tensor]:
+    """What is archived of each image (B,3,H,W) in [-1,1]: latent_mean, latent_logvar, cls and, with layers, patch.
+
+    Sampling calls it too: archived features and a photo's are the same, but for --precision and the format on disk.
+    """
+    mean, logvar = codec.encode(image)
+    cls, patch = encoder(image)
+    rows = {"latent_mean": mean, "latent_logvar": logvar, "cls": cls}
+    return rows if patch is None else rows | {"patch": patch}
+
+
+def add_encoder_flags(group) -> None:
+    """The flags that choose what is frozen, shared by precompute_dino.py and train.py --online."""
+    group.add_argument("--image_size", type=int, default=256, help="side of the images in pixels (4.1)")
+    group.add_argument("--encoder", default=DINOV2, help="a timm ViT (3.3; CLIP for Zero-1-to-3's baseline)")
+    group.add_argument("--weights", default="pretrained", help="encoder's weights: pretrained, random, or a file")
+    group.add_argument("--encoder_size", type=int, default=224, help="the encoder's input in pixels: 16x16 patches")
+    group.add_argument("--layers", type=int, nargs="*", default=[5, 11, 17, 23], help="encoder blocks whose patch "
+                       "features are kept, from 0, shallow to deep (3.3 gives no numbers; ours)")  # fmt: skip
+    group.add_argument("--codec", choices=["sd", "pixels"], default="sd", help="SD's VAE, or lossless space-to-depth")
+    group.add_argument("--pixels_factor", type=int, default=4, help="downsampling of --codec pixels")
+    group.add_argument("--vae", help="weights of --codec sd: any Stable Diffusion checkpoint or VAE, or a hub name")
+    group.add_argument("--val_fraction", type=float, default=0.01, help="share of objects held out, the last (4.1)")
+
+
+def open_frozen(args: argparse.Namespace, device: torch.device, tensors: dict[str, Tensor] | None = None):
+    """(encoder, codec) that the flags of `add_encoder_flags` and --compile describe, on the device, channels-last.
+
+    tensors: what no public file holds, as `own_tensors` gives it.
+    """
+    codec = load_codec(args.codec, args.vae, args.pixels_factor)
+    if args.image_size % codec.factor:
+        raise InputError(f"--image_size {args.image_size} is not a multiple of the codec's factor {codec.factor}")
+    saved, pca = split_own(tensors or {})
+    weights = saved if args.weights == "random" and saved else args.weights
+    encoder = ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
+    encoder, codec = encoder.to(device), codec.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        compile_frozen(encoder, codec)
+    return encoder, codec
+
+
+def compile_frozen(encoder, codec=None) -> None:
+    """torch.compile what is run of them, in place."""
+    encoder.features = torch.compile(encoder.features)
+    if codec is not None:
+        codec.encode = torch.compile(codec.encode)

@@ -21,11 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pretrained
+from data import seeded
+from lib.checkpoints import image_size
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.distributed import set_up
+from lib.images import list_photos, load_photo, write_views
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
-from precompute_dino import autocast, encode
-from tools.checkpoints import image_size
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
-from tools.pictures import list_photos, load_photo, write_views
+from pretrained import autocast, encode
 
 # ------------------------------------------------------------------------------------------------------------- DDIM
 
@@ -127,12 +129,6 @@ def ddim(
 
 
 # --------------------------------------------------------------------------------------- images and poses in, views out
-
-
-def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose draws depend on all the numbers given (seed, object, view, ...)."""
-    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return torch.Generator(device).manual_seed(int(seed))
 
 
 @torch.no_grad()

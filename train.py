@@ -31,11 +31,14 @@ from tqdm import tqdm
 import data
 import pretrained
 import sample
+from lib import checkpoints, distributed, signals
+from lib import files as durable
+from lib import images as pictures
+from lib.archives import list_id
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.distributed import agree, set_up
 from model import TIMESTEPS, NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from precompute_dino import add_encoder_flags, autocast, compile_frozen, open_frozen
-from tools import checkpoints, cli, durable, pictures
-from tools.archives import list_id
-from tools.cli import HelpFormatter, InputError, agree, require_positive, run_script, set_up
+from pretrained import add_encoder_flags, autocast, compile_frozen, open_frozen
 
 BINS = 10  # of the loss by timestep
 # torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
@@ -162,7 +165,7 @@ def step_draws(seed: int, step: int, global_batch: int, shape: tuple, device: to
     (u_t, u_drop, noise, posterior): u (G,) float64 uniform on [0, 1), the others (G, *shape) float32 normal. Drawn on
     the device: CPUs and GPUs draw differently.
     """
-    generator = sample.seeded(seed, step, device=device)
+    generator = data.seeded(seed, step, device=device)
     uniform = torch.rand(2, global_batch, generator=generator, device=device, dtype=torch.float64)
     normal = torch.randn(2, global_batch, *shape, generator=generator, device=device)
     return *uniform, *normal
@@ -270,7 +273,7 @@ def held_out_loss(models: list[NovelViewModel], val_set, prepare, args, scale: f
     for first in range(0, len(mine), args.batch_size):
         positions = mine[first : first + args.batch_size]
         mean, _, condition = prepare(val_set[positions])
-        generators = [sample.seeded(0, position) for position in positions]
+        generators = [data.seeded(0, position) for position in positions]
         for b in range(BINS):
             noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(device)
             t = torch.full((len(mean),), (2 * b + 1) * TIMESTEPS // (2 * BINS), device=device)
@@ -287,7 +290,7 @@ def held_out_loss(models: list[NovelViewModel], val_set, prepare, args, scale: f
 def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, args) -> None:
     """A grid of held-out pairs: condition | target | the EMA model's sample."""
     mean, _, condition = prepare(val_set[list(range(8))])
-    generators = [sample.seeded(0, i) for i in range(8)]
+    generators = [data.seeded(0, i) for i in range(8)]
     scale = 0.0 if args.unconditional else 3.0
     views = sample.decode(sample.ddim(model, [condition], generators, scale=scale, precision=args.precision), codec)
     shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
@@ -300,7 +303,7 @@ def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, arg
 
 def main() -> None:
     args = parse_args()
-    caught = durable.catch_signals()
+    caught = signals.catch_signals()
     device, rank, world = set_up(args, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -320,7 +323,7 @@ def main() -> None:
     model = build_model(args, frozen, latent_shape[-1])
     resumed = checkpoints.newest_checkpoint(out)
     if args.init and not resumed:
-        checkpoints.check_init(model, args.init, frozen["encoder"])
+        pretrained.check_init(model, args.init, frozen["encoder"])
         pretrained.load_pretrained(model, pretrained.read_weights(args.init, ("unet", "cc_projection")))
     codec = None
     if rank == 0 and args.preview_every and len(val_set):
@@ -336,7 +339,7 @@ def main() -> None:
     groups = [{"params": unet, "multiple": 1.0}, {"params": model.cc_projection.parameters(), "multiple": args.cc_lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    flops = cli.flops_per_sample(model, example[2])
+    flops = distributed.flops_per_sample(model, example[2])
 
     # resume
     start, seconds = 0, 0.0
@@ -353,7 +356,7 @@ def main() -> None:
         del state, resumed
     found = {"steps": start, "training objects": facts["objects"], "held-out objects": list_id(val_set.names)}
     found |= {"encoder and codec": facts["frozen"]}
-    first = cli.from_rank_0(found, world)  # nodes may see different files, or an archive as it grows
+    first = distributed.from_rank_0(found, world)  # nodes may see different files, or an archive as it grows
     if other := [key for key in found if found[key] != first[key]]:
         numbers = f"{other[0]}: {found[other[0]]}, rank 0 {first[other[0]]}"
         raise InputError(f"--out {out}, --archive or --data: rank {rank} finds other {numbers}; is one being written?")
@@ -374,14 +377,14 @@ def main() -> None:
     positions = data.batch_positions(start, args.steps, args.accumulate, args.batch_size, rank, world)
     options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
-    signal.pthread_sigmask(signal.SIG_BLOCK, durable.SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
     if args.compile:
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()  # the compiler's processes, too
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, durable.SIGNALS)
-    atexit.register(durable.kill_workers)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
+    atexit.register(signals.kill_workers)
     log_path, bad = out / "log.jsonl", []
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
     if rank == 0:
@@ -476,7 +479,7 @@ def main() -> None:
             record |= {"loss": loss if any(counts) else None, "lr": lr, "grad_norm": norm, "skipped": skipped}
             record |= {"loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)]}
             record |= {"samples_per_second": round(rate, 1), "tflops": round(rate * flops / 1e12, 3)}
-            log(record | {"peak_memory_gb": cli.peak_memory(device)})
+            log(record | {"peak_memory_gb": distributed.peak_memory(device)})
             bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
             if bad:
                 bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")

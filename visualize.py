@@ -21,12 +21,12 @@ from torch import Tensor
 
 import data
 import pretrained
+from data import seeded
+from lib.cli import HelpFormatter, InputError, run_script
+from lib.files import write_atomically
+from lib.images import open_image, to_pil
+from lib.scores import ALIKE, LABELS, SWEPT, WHERE, check_alike, mean_and_spread, read_curves, read_scores
 from model import TIMESTEPS, sample_timesteps, timestep_density
-from sample import seeded
-from tools.cli import HelpFormatter, InputError, run_script
-from tools.durable import write_atomically
-from tools.pictures import to_pil
-from tools.scores import ALIKE, LABELS, SWEPT, WHERE, check_alike, mean_and_spread, read_curves, read_scores
 
 CYCLE = matplotlib.cycler(color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))])
 matplotlib.rcParams.update({"axes.prop_cycle": CYCLE, "figure.constrained_layout.use": True, "font.size": 8})
@@ -188,7 +188,7 @@ def curves(args) -> Figure:
 def wild(args) -> Figure:
     """figure 8: sample.py's folders of images, the input beside its views; a row an object"""
     files = [[Path(folder, "input.png"), *sorted(Path(folder).glob("[0-9][0-9][0-9].png"))] for folder in args.folders]
-    rows = [[np.asarray(data.open_image(file).convert("RGB")) for file in row] for row in files]
+    rows = [[np.asarray(open_image(file).convert("RGB")) for file in row] for row in files]
     titles = ["input", *(f"view {i}" for i in range(max(map(len, rows)) - 1))]
     names = ["/".join(row[0].absolute().parts[-3:-1]) for row in files]  # with --out's, which tells models apart
     return picture_grid(rows, titles, names)

@@ -35,8 +35,9 @@ def call(module, *argv) -> None:
 def script(name: str, *argv, nproc: int = 0, check: bool = True, timeout: int = 150) -> subprocess.CompletedProcess:
     """Run a script as a user does, or under torchrun."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    command = [sys.executable, *launch, ROOT / f"{name}.py", *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    module = ["-m", name] if "." in name else [ROOT / f"{name}.py"]
+    command = [sys.executable, *launch, *module, *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, timeout=timeout)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr or nproc, done.stderr[-3000:]  # torchrun has its own of ranks that fail
@@ -45,10 +46,10 @@ def script(name: str, *argv, nproc: int = 0, check: bool = True, timeout: int = 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    import data
+    from tools import shapes
 
     root = tmp_path_factory.mktemp("shapes") / "tree"
-    call(data, "shapes", "--out", root, "--objects", 12, "--views", 4, "--size", 32)
+    call(shapes, "--out", root, "--objects", 12, "--views", 4, "--size", 32)
     return root
 
 

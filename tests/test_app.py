@@ -12,8 +12,8 @@ from PIL import Image
 
 import pretrained
 import sample
+from lib.cli import InputError
 from tools import app
-from tools.cli import InputError
 
 FLAGS = dict(azimuth=0.0, elevation=0.0, distance=0.0, orbit=0, steps=3, scale=1.0, seed=0, sampler="ddim",
              stochastic_conditioning=False)  # fmt: skip

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train
+from lib.cli import InputError
 from model import NovelViewModel, UNet
 from tools import bench
-from tools.cli import InputError
 
 QUICK = ["--size", "tiny", "--device", "cpu", "--micro_batches", 2, "--seconds", 0.05, "--workers", 0]
 

@@ -14,9 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+from lib import images
+from lib.cli import InputError, run_script
 from tools import shapes
 from tools.check import check
-from tools.cli import InputError, run_script
 from tools.shapes import look_at
 
 
@@ -49,7 +50,7 @@ def png16(colour_type: int, pixels: np.ndarray) -> bytes:
 )
 def test_png_is_composited_onto_white(tmp_path, mode, colour, rgb, alpha):
     Image.new(mode, (8, 8), colour).save(tmp_path / "x.png")
-    image, cover = data.load_image(tmp_path / "x.png", 4)
+    image, cover = images.load_image(tmp_path / "x.png", 4)
     assert image.shape == (3, 4, 4) and image.dtype == cover.dtype == torch.float32
     torch.testing.assert_close(image[:, 1, 2] / 2 + 0.5, torch.tensor(rgb).float(), atol=1e-6, rtol=0)
     assert cover[1, 2] == pytest.approx(alpha, abs=1e-6)
@@ -59,13 +60,13 @@ def test_palette_transparency_cmyk_jpeg_webp_and_16_bit_colour(tmp_path):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.save(tmp_path / "p.png", transparency=1)
-    assert (data.load_image(tmp_path / "p.png", 4)[0] == 1).all()
+    assert (images.load_image(tmp_path / "p.png", 4)[0] == 1).all()
 
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
     Image.new("RGBA", (4, 4), (255, 0, 0, 255)).save(tmp_path / "w.webp", lossless=True)
     (tmp_path / "a.png").write_bytes(png16(6, np.tile([65535, 0, 0, 65535], (4, 4, 1))))
     for name in ("c.jpg", "w.webp", "a.png"):
-        red = data.load_image(tmp_path / name, 4)[0][:, 0, 0]
+        red = images.load_image(tmp_path / name, 4)[0][:, 0, 0]
         torch.testing.assert_close(red, torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
 
 
@@ -73,7 +74,7 @@ def test_resizing_averages_and_keeps_no_halo(tmp_path):
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:, ::2] = (0, 255, 0, 255)  # opaque green stripes; black where transparent, which must not be seen
     Image.fromarray(rgba).save(tmp_path / "x.png")
-    image, alpha = data.load_image(tmp_path / "x.png", 2)
+    image, alpha = images.load_image(tmp_path / "x.png", 2)
     torch.testing.assert_close(alpha, torch.full((2, 2), 0.5), atol=0.05, rtol=0)
     torch.testing.assert_close(image[1], torch.ones(2, 2))
     torch.testing.assert_close(image[0], 1 - 2 * alpha)
@@ -84,7 +85,7 @@ def test_exif_turns_the_picture_upright(tmp_path):
     picture.paste("black", (0, 0, 4, 4))  # the upper half
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "x.png", exif=exif)
-    image, _ = data.load_image(tmp_path / "x.png", 8)
+    image, _ = images.load_image(tmp_path / "x.png", 8)
     assert (image[:, 0] == 1).all() and (image[:, -1] == -1).all()
 
 
@@ -95,11 +96,11 @@ def test_bad_images_name_the_file(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     for name in ("cut.png", "text.png", "empty.png", "absent.png"):
         with pytest.raises(InputError, match=f"{name}: unreadable image") as error:
-            data.load_image(tmp_path / name, 8)
+            images.load_image(tmp_path / name, 8)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr(data, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="x.png: image too large"):
-        data.open_image(tmp_path / "x.png")
+        images.open_image(tmp_path / "x.png")
 
 
 # ---- poses -----------------------------------------------------------------------------------------------------------
@@ -232,9 +233,9 @@ def test_check_counts_planted_defects_and_lists_the_sound(tree, tmp_path, capsys
 
 
 def test_shapes_pass_check_by_the_command_line_and_are_not_written_over(tree):
-    done = script("data", "check", "--data", tree, "--workers", 2)
+    done = script("tools.check", "--data", tree, "--workers", 2)
     assert "12 of them sound; 48 sound views" in done.stdout and "defect" not in done.stdout + done.stderr
-    done = script("data", "shapes", "--out", tree, check=False)
+    done = script("tools.shapes", "--out", tree, check=False)
     assert done.returncode == 1 and done.stderr == f"error: --out {tree}: exists and is not an empty folder\n"
 
 

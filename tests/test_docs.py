@@ -9,9 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-PATTERN = r"(?:\w+=\S+ )*(?:python|torchrun(?: --\S+ [^\s-]\S*)*) (?:-m tools\.(\w+)|(\w+)\.py) ([^#]*)"
+PATTERN = r"(?:\w+=\S+ )*(?:python|torchrun(?: --\S+ [^\s-]\S*)*) (?:-m ((?:tools|studies)\.\w+)|(\w+)\.py) ([^#]*)"
 FILES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.py"))]
-FILES += sorted(path for path in ROOT.glob("tools/*.py") if path.stem not in ("render", "app"))  # which take packages
+FILES += sorted(
+    path for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*.py")] if path.stem not in ("render", "app")
+)  # which take packages
 
 
 class Parsed(Exception):
@@ -28,7 +30,7 @@ def commands(path) -> list[tuple[str, str]]:
     else:
         lines = text.split('"""')[1].splitlines() if text else []
     found = filter(None, (re.match(PATTERN, line.strip()) for line in lines))
-    return [(f"tools.{match[1]}" if match[1] else match[2], match[3]) for match in found if "..." not in match[3]]
+    return [(match[1] or match[2], match[3]) for match in found if "..." not in match[3]]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

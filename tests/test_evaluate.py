@@ -18,7 +18,7 @@ from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 import evaluate
-from tools.cli import InputError
+from lib.cli import InputError
 from tools.shapes import look_at
 
 FLAGS = ["--device", "cpu", "--workers", 0, "--steps", 3, "--scale", 1, "--lpips", "none", "--protocol", "first"]

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 import data
 import precompute_dino
+import pretrained
 import train
-from tools import archives, checkpoints, durable
-from tools.cli import InputError, run_script
+from lib import archives, checkpoints, files, signals
+from lib.cli import InputError, run_script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which CUDA forbids: CUDA_VISIBLE_DEVICES=")
 LONG = bool(os.environ.get("LONG"))
@@ -92,7 +93,7 @@ def poison(steps) -> None:
 def restore(monkeypatch):
     for module, name in ((train, "learning_rate"), (train, "q_sample"), (data, "SHARD_OBJECTS")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    before = {number: signal.getsignal(number) for number in durable.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -220,7 +221,7 @@ def test_archiving_killed_at_random_moments_loses_nothing(small, tree, tmp_path)
 def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
     """Each call that writes checkpoint 6, beside 2 and 4, dies (a half-written file behind it) or finds a full disk."""
     (state, weights), run = checkpoints.newest_checkpoint(small / "at4"), tmp_path / "run"
-    meta, tensors, model = checkpoints.read_model(small / "at4" / "step_0000004" / "model.safetensors")
+    meta, tensors, model = pretrained.read_model(small / "at4" / "step_0000004" / "model.safetensors")
     meta["tensors"] = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
     frozen = {key: meta[key] for key in ("encoder", "codec", "image_size", "val_fraction", "tensors")}
     writes = [(torch, "save"), (checkpoints, "save_file")]
@@ -347,7 +348,7 @@ def test_a_lock_clears_away_only_what_is_ours(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / ".step.tmp").mkdir()
     (tmp_path / ".thesis.1.tmp").mkdir()
-    durable.lock(tmp_path, "--out").close()
+    files.lock(tmp_path, "--out").close()
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".thesis.1.tmp", "lock"}
 
 
@@ -409,7 +410,7 @@ def test_whatever_ends_training_its_workers_end_too(archive, tmp_path, error):
     """Else Python would wait for them before it exits, and torchrun for the rank."""
     code = f"""if True:
         import sys, train
-        from tools.cli import InputError, run_script
+        from lib.cli import InputError, run_script
         def fail(step, args):
             raise {error}("no foreseen one" if step else "")
         train.learning_rate = fail
@@ -424,7 +425,7 @@ def test_two_jobs_on_one_folder(small, tree, at4, tmp_path):
     """The second one refuses and changes nothing."""
     shutil.copytree(small / "archive", tmp_path / "archive")
     for folder, work in ((at4, training(small, at4)), (tmp_path / "archive", archiving(tree, tmp_path / "archive"))):
-        held = durable.lock(folder, "--out")
+        held = files.lock(folder, "--out")
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         assert wait(fork(work, tmp_path / "log")) == 1
         one_error(tmp_path / "log", str(folder), "another job")

@@ -18,10 +18,10 @@ import precompute_dino
 import pretrained
 import sample
 import train
+from lib import archives, images
+from lib.autoencoder import AutoencoderKL
+from lib.cli import InputError
 from model import noise_schedule
-from tools import archives, pictures
-from tools.autoencoder import AutoencoderKL
-from tools.cli import InputError
 from tools.shapes import look_at
 
 TRAIN = [*SMALL, "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3, "--val_every", 3]
@@ -60,8 +60,8 @@ def test_archive_holds_what_the_encoders_give_online(tree, archive):
     shard = load_file(archive / "00000.safetensors")
     assert shard["view_offset"].tolist() == list(range(0, 49, 4))
     for row, name, view in ((0, "00000", 0), (47, "00011", 3), (18, "00004", 2)):
-        image, alpha = data.load_image(tree / name / f"{view:03d}.png", 32)
-        online = precompute_dino.encode(image[None], encoder, codec)
+        image, alpha = images.load_image(tree / name / f"{view:03d}.png", 32)
+        online = pretrained.encode(image[None], encoder, codec)
         for key, value in online.items():
             torch.testing.assert_close(shard[key][row].float(), value[0], atol=2e-3, rtol=2e-3)
         np.testing.assert_allclose(shard["pose"][row], data.read_pose(tree / name / f"{view:03d}.npy"), atol=1e-6)
@@ -133,7 +133,7 @@ def test_fp8_and_pca(tree, archive, tmp_path, capsys):
     encoder = pretrained.open_encoder(
         archives.read_manifest(tmp_path / "a")["encoder"], tensors=load_file(tmp_path / "a" / "frozen.safetensors")
     )
-    image, _ = data.load_image(tree / "00002" / "001.png", 32)
+    image, _ = images.load_image(tree / "00002" / "001.png", 32)
     exact = encoder(image[None])[1][0]
     assert (compact[9].float() - exact).norm() / exact.norm() < 0.04  # e4m3 has 3 bits of mantissa
     raw = pretrained.ImageEncoder(encoder.name, encoder.vit.state_dict(), tuple(encoder.layers), 64)(image[None])[1][0]
@@ -151,7 +151,7 @@ def test_the_vae_as_codec(tree, tmp_path):
     flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + ["--vae", tmp_path / "vae.ckpt"]
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *flags, "--workers", 0, "--precision", "fp32")
     shard = load_file(tmp_path / "a" / "00000.safetensors")
-    image, _ = data.load_image(tree / "00001" / "002.png", 32)
+    image, _ = images.load_image(tree / "00001" / "002.png", 32)
     with torch.no_grad():
         mean, logvar = vae.encode(image[None])
     torch.testing.assert_close(shard["latent_mean"][6].float(), mean[0], atol=2e-3, rtol=2e-3)
@@ -295,10 +295,13 @@ def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path,
     assert losses["dino"][1:] != losses["all"][1:]
 
 
-@pytest.mark.parametrize("name", ["data", "precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
+@pytest.mark.parametrize("name", ["precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
 def test_every_flag_has_help_and_is_used(name):
     """No flag that does nothing: each is read as args.FLAG somewhere."""
-    source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "tools" / "checkpoints.py"))
+    source = "".join(
+        path.read_text()
+        for path in (*ROOT.glob("*.py"), ROOT / "lib" / "checkpoints.py", ROOT / "lib" / "distributed.py")
+    )
     text = (ROOT / f"{name}.py").read_text()
     for flag, rest in re.findall(r'(?:add_argument|flag)\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
         assert "help=" in rest, f"{name}.py --{flag} has no help"
@@ -323,7 +326,7 @@ def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
 
     oracle = Oracle()
     oracle.alpha_bar, oracle.prediction = alpha_bar, prediction
-    generators = [sample.seeded(0, i) for i in range(2)]
+    generators = [data.seeded(0, i) for i in range(2)]
     found = sample.ddim(oracle, [{"latent": x0}], generators, steps=20, eta=eta, scale=1.0)
     torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
 
@@ -386,7 +389,7 @@ def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_pa
     for mode, value in (("F", 0.5), ("I", 70_000)):
         Image.new(mode, (8, 8), value).save(tmp_path / "b.tiff")
         with pytest.raises(InputError, match="b.tiff: unreadable image .of floats or 32-bit"):
-            pictures.load_photo(tmp_path / "b.tiff", 32)
+            images.load_photo(tmp_path / "b.tiff", 32)
 
 
 @pytest.mark.parametrize("flag, value", [("azimuth", "inf"), ("distance", "nan"), ("eta", 2), ("scale", "nan"),
@@ -406,7 +409,7 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
     plain[photo[..., 3] == 0] = (90, 120, 90, 255)
     Image.fromarray(plain).convert("RGB").save(tmp_path / "plain.png")
     for name in ("alpha.png", "plain.png"):
-        image = pictures.load_photo(tmp_path / name, 256)
+        image = images.load_photo(tmp_path / name, 256)
         rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
         assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
         assert image[:, 0, 0].tolist() == [1, 1, 1]
@@ -414,33 +417,33 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
     faint[10:20, 50:70] = 176  # not far from the background
     faint[60, 90] = 255  # a speck
     Image.fromarray(faint.astype(np.uint8)).save(tmp_path / "faint.png")
-    image = pictures.load_photo(tmp_path / "faint.png", 256)
+    image = images.load_photo(tmp_path / "faint.png", 256)
     rows, columns = (np.flatnonzero((image[1] < 0.8).any(dim=axis)) for axis in (1, 0))
     assert np.abs(np.subtract((columns[0], columns[-1] + 1, rows[0], rows[-1] + 1), (28, 228, 78, 178))).max() < 3
     thin = np.full((64, 96, 3), 255, np.uint8)
     thin[10:20, 50:70:19] = thin[10:20:9, 50:70] = 0  # a frame one pixel wide
     Image.fromarray(thin).save(tmp_path / "thin.png")
-    assert (pictures.load_photo(tmp_path / "thin.png", 256)[:, 80:176, 28:228].amin((0, 1)) < 0.5).all()
+    assert (images.load_photo(tmp_path / "thin.png", 256)[:, 80:176, 28:228].amin((0, 1)) < 0.5).all()
     corners = np.full((64, 96, 3), 240, np.uint8)  # lit unevenly: a colour can't tell its corners from the object
     corners[:, :12] = 180
     corners[10:20, 50:70] = 30
     Image.fromarray(corners).save(tmp_path / "corners.png")
     with pytest.raises(InputError, match="corners.png: no alpha and no plain background"):
-        pictures.load_photo(tmp_path / "corners.png", 256)
+        images.load_photo(tmp_path / "corners.png", 256)
     ramp = np.linspace(0, 65535, 3000).astype(">u2")[None].repeat(40, 0)
     Image.frombytes("I;16B", (3000, 40), ramp.tobytes()).save(tmp_path / "big.tiff")
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "little.png")
-    big, little = (pictures.load_photo(tmp_path / name, 64, crop=False) for name in ("big.tiff", "little.png"))
+    big, little = (images.load_photo(tmp_path / name, 64, crop=False) for name in ("big.tiff", "little.png"))
     assert (big - little).abs().max() < 0.01
     deep = np.full((90, 9000), 65535, np.uint16)  # which PIL can't shrink by its usual way
     deep[30:60, 3000:6000] = 20000
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert pictures.load_photo(tmp_path / "deep.png", 64).min() < 0
+    assert images.load_photo(tmp_path / "deep.png", 64).min() < 0
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "busy.png")
     with pytest.raises(InputError, match="busy.png"):
-        pictures.load_photo(tmp_path / "busy.png", 32)
-    assert pictures.load_photo(tmp_path / "busy.png", 32, crop=False).shape == (3, 32, 32)
+        images.load_photo(tmp_path / "busy.png", 32)
+    assert images.load_photo(tmp_path / "busy.png", 32, crop=False).shape == (3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -485,8 +488,8 @@ def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_p
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=2e-4)
     assert losses[0] != losses[1]
-    images = data.Archive(archive, "train", 0, tree)
-    torch.testing.assert_close(images.image(3, 2), data.load_image(tree / "00003" / "002.png", 32)[0])
+    pairs = data.Archive(archive, "train", 0, tree)
+    torch.testing.assert_close(pairs.image(3, 2), images.load_image(tree / "00003" / "002.png", 32)[0])
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "00003" / "001.png").unlink()
     with pytest.raises(InputError, match="00003: no readable view has view"):
@@ -596,7 +599,7 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
         ("train", ["--archive", archive, "--out", tmp_path / "r", *SMALL, "--device", "meta"], "--device meta"),
         ("train", [*online[:-2], "--data", tree, "--layers", "--out", tmp_path / "r", *SMALL], "--no-amalgamate"),
         ("precompute_dino", [*new, *FROZEN, "--layers", "--pca", 8], "--pca 8"),
-        ("data", ["shapes", "--out", image / "x"], "--out"),
+        ("tools.shapes", ["--out", image / "x"], "--out"),
     ]  # fmt: skip
     for name, argv, named in cases:
         done = script(name, *argv, check=False)

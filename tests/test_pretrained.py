@@ -23,12 +23,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 import pretrained
 import sample
+from lib import checkpoints
+from lib.autoencoder import AutoencoderKL, load_autoencoder
+from lib.cli import InputError
+from lib.formats import to_ldm, unet_names, vae_names
 from model import NovelViewModel, UNet
 from pretrained import ImageEncoder, SpaceToDepth
-from tools import checkpoints, convert
-from tools.autoencoder import AutoencoderKL, load_autoencoder
-from tools.cli import InputError
-from tools.formats import to_ldm, unet_names, vae_names
+from tools import convert
 
 SMALL_UNET = dict(
     in_channels=8, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,), context_dim=16
@@ -403,7 +404,7 @@ def test_init_extends_conv_in_prefers_ema_and_reports(tmp_path, capsys):
 
 def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
     """Of another encoder amalgamation and cc_projection stay as initialised; what shapes don't show is refused."""
-    meta, _, theirs = checkpoints.read_model(pretrained.find_weights(run))
+    meta, _, theirs = pretrained.read_model(pretrained.find_weights(run))
     weights = pretrained.read_weights(run)
     args = theirs.args | {"cls_dim": 12, "feature_dim": 8}
     ours = NovelViewModel(**args)
@@ -414,12 +415,12 @@ def test_init_from_another_encoder_or_another_prediction(run, tmp_path, capsys):
     for name, value in ours.state_dict().items():
         other = "amalgamation" in name or "cc_projection" in name
         assert torch.equal(value, before[name] if other else theirs.state_dict()[name]), name
-    assert checkpoints.check_init(ours, run, meta["encoder"]) is None and not capsys.readouterr().out
-    checkpoints.check_init(ours, run, meta["encoder"] | {"layers": [1]})
+    assert pretrained.check_init(ours, run, meta["encoder"]) is None and not capsys.readouterr().out
+    pretrained.check_init(ours, run, meta["encoder"] | {"layers": [1]})
     assert "another image encoder, or other layers" in capsys.readouterr().out
     for key, value in (("prediction", "eps"), ("num_heads", 8)):
         with pytest.raises(InputError, match=f"--init .*its {key} is"):
-            checkpoints.check_init(NovelViewModel(**(args | {key: value})), str(run), meta["encoder"])
+            pretrained.check_init(NovelViewModel(**(args | {key: value})), str(run), meta["encoder"])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -615,10 +616,10 @@ def test_sampling_a_zero123_checkpoint(tmp_path, monkeypatch):
     four = NovelViewModel(cls_dim=encoder.cls_dim, context_dim=32, num_heads=4, **shape)
     convert.write_diffusers(tmp_path / "hf", four, vae, encoder)  # its config.json holds the heads, the .ckpt would not
     with pytest.raises(InputError, match="--init .*num_heads is 4, here it is 8"):
-        checkpoints.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"), encoder.spec())
+        pretrained.check_init(NovelViewModel(num_heads=8, **shape), str(tmp_path / "hf"), encoder.spec())
     (tmp_path / "flat").mkdir()
     shutil.copy(tmp_path / "hf" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "flat")
-    checkpoints.check_init(model, str(tmp_path / "flat"), encoder.spec())
+    pretrained.check_init(model, str(tmp_path / "flat"), encoder.spec())
     assert pretrained.read_weights(tmp_path / "flat")
     opened = pretrained.load_checkpoint(tmp_path / "hf", encoder_weights=tmp_path / "zero123.ckpt")[0]
     assert opened.unet.middle_block[1].transformer_blocks[0].attn1.num_heads == 4

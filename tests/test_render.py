@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import data
+from lib.cli import InputError
 from tools import render
-from tools.cli import InputError
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -16,9 +16,11 @@ import data
 import pretrained
 import sample
 import train
+from lib import images
+from lib.cli import InputError
 from model import noise_schedule
-from tools import consistency, pictures, shapes, table
-from tools.cli import InputError
+from studies import consistency, table
+from tools import shapes
 from tools.shapes import look_at
 
 
@@ -64,11 +66,11 @@ def test_dpm_solver_is_of_second_order(prediction):
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_dpm_solver_needs_fewer_steps_than_ddim(prediction):
     model, spread = exact_model(0.5, prediction), 0.5
-    x_T, ab = torch.randn((3, 8, 8), generator=sample.seeded(0)), model.alpha_bar[999]
+    x_T, ab = torch.randn((3, 8, 8), generator=data.seeded(0)), model.alpha_bar[999]
     expected = x_T * spread / (ab * spread**2 + 1 - ab).sqrt()
 
     def error(*args) -> float:
-        found = sample.ddim(model, [{"latent": x_T[None]}], [sample.seeded(0)], *args[1:], 0.0, 1.0, sampler=args[0])
+        found = sample.ddim(model, [{"latent": x_T[None]}], [data.seeded(0)], *args[1:], 0.0, 1.0, sampler=args[0])
         return ((found - expected).norm() / expected.norm()).item()
 
     assert error("dpm", 20) < 0.7 * error("ddim", 20) and error("dpm", 50) < 0.55 * error("ddim", 50)
@@ -84,7 +86,7 @@ def test_moves_between_views_are_relative_poses():
 
 def test_each_sample_draws_its_condition_anew():
     conditions = [{"latent": torch.full((2, 1), float(j))} for j in range(3)]
-    generators = [sample.seeded(i) for i in range(2)]
+    generators = [data.seeded(i) for i in range(2)]
     drawn = torch.stack([sample.draw_condition(conditions, generators)["latent"] for _ in range(300)])[..., 0]
     shares = torch.stack([(drawn == j).double().mean(0) for j in range(3)])
     assert (shares - 1 / 3).abs().max() < 0.1 and (drawn[:, 0] != drawn[:, 1]).any()
@@ -93,7 +95,7 @@ def test_each_sample_draws_its_condition_anew():
 
 def test_stochastic_conditioning_starts_alike_and_shared_noise_is_shared(run, tree):
     model, encoder, codec, meta = pretrained.load_checkpoint(str(run))
-    image = pictures.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
+    image = images.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
     poses = sample.camera_moves([40.0, 40.0, 80.0], [0.0], [0.0])
     flags = {"steps": 8, "eta": 1.0, "scale": 1.0, "seed": 0, "batch_size": 8, "precision": "fp32", "sampler": "ddim"}
 
@@ -106,7 +108,7 @@ def test_stochastic_conditioning_starts_alike_and_shared_noise_is_shared(run, tr
     assert (plain[1:] - stochastic[1:]).abs().amax((1, 2, 3)).min() > 1e-3
     assert (stochastic - views(True, False)).abs().max() == 0
     torch.testing.assert_close(shared[0], shared[1], atol=1e-5, rtol=0)
-    generators = [sample.seeded(0) for _ in range(2)]
+    generators = [data.seeded(0) for _ in range(2)]
     for generator, pool in zip(generators, (1, 3), strict=True):  # what is drawn of the pool leaves the noise alone
         condition = [{"latent": torch.zeros(1, 3, 8, 8)}] * pool
         sample.ddim(exact_model(0.5, "v"), condition, [generator], 4, 1.0, 1.0)
@@ -153,24 +155,24 @@ def test_a_background_is_removed_by_rembg(tmp_path, monkeypatch):
         return Image.fromarray(np.dstack([np.asarray(image), alpha]))
 
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=remove))
-    image = pictures.load_photo(tmp_path / "busy.png", 256)
+    image = images.load_photo(tmp_path / "busy.png", 256)
     rows, columns = (np.flatnonzero((image.min(dim=0).values < 1).any(dim=axis)) for axis in (1, 0))
     assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178)
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=lambda image: 1 / 0))
     with pytest.raises(InputError, match="busy.png.*rembg could not"):
-        pictures.load_photo(tmp_path / "busy.png", 256)
+        images.load_photo(tmp_path / "busy.png", 256)
     Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey.png")
     seen = []
     monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=lambda image: seen.append(image) or 1 / 0))
     with pytest.raises(InputError, match="grey.png.*rembg could not"):
-        pictures.load_photo(tmp_path / "grey.png", 256)
+        images.load_photo(tmp_path / "grey.png", 256)
     assert np.abs(np.asarray(seen[0])[..., 1].astype(int) - noise[..., 0]).max() <= 1  # 16 bits are not clipped to 8
     monkeypatch.setitem(sys.modules, "rembg", None)
     with pytest.raises(InputError, match="busy.png"):  # before the checkpoint is opened
         call(sample, "--ckpt", tmp_path / "absent.ckpt", "--image", tmp_path / "busy.png", "--out", tmp_path / "out")
     assert sample.saved_steps(10, 1) == [9] and sample.saved_steps(10, 3) == [0, 4, 9]
     with pytest.raises(InputError, match="busy.png.*pip install"):
-        pictures.load_photo(tmp_path / "busy.png", 256)
+        images.load_photo(tmp_path / "busy.png", 256)
 
 
 def test_unconditional_pretraining_leaves_the_conditions_out(archive, tmp_path):

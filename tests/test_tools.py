@@ -1,4 +1,4 @@
-"""tools/table.py, convert.py, consistency.py, steps.py and slurm.sh: what they print, write and refuse."""
+"""studies/table.py, convert.py, consistency.py, steps.py and slurm.sh: what they print, write and refuse."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call
 
-import data
+from lib.autoencoder import AutoencoderKL
+from lib.cli import InputError
 from model import NovelViewModel
-from tools import consistency, convert, steps, table
-from tools.autoencoder import AutoencoderKL
-from tools.cli import InputError
+from studies import consistency, steps, table
+from tools import convert, shapes
 
 BLANK = {"data": "d", "split": "val", "protocol": "pairs", "pairs": 4, "image_size": 32, "lpips_net": None,
          "val_fraction": 0.1}  # fmt: skip
@@ -95,13 +95,13 @@ def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path
 
 def test_consistency_of_orbits_that_show_too_little(run, tmp_path):
     for views, words in ((1, "00000 has 1 view"), (2, "00000 has 2 view"), (3, "neighbouring views of no orbit")):
-        call(data, "shapes", "--out", tmp_path / str(views), "--objects", 1, "--views", views, "--size", 32, "--orbit")
+        call(shapes, "--out", tmp_path / str(views), "--objects", 1, "--views", views, "--size", 32, "--orbit")
         with pytest.raises(InputError, match=f"--data .*/{views}: {words}"):
             call(consistency, "--ckpt", run, "--data", tmp_path / str(views), "--out", tmp_path / "x.jsonl")
 
 
 def test_consistencys_seeds_are_one_flag_and_the_recorded_ones(run, tmp_path, capsys):
-    call(data, "shapes", "--out", tmp_path / "orbit", "--objects", 1, "--views", 8, "--size", 32, "--orbit")
+    call(shapes, "--out", tmp_path / "orbit", "--objects", 1, "--views", 8, "--size", 32, "--orbit")
     scores = []
     for argv in (("--seed", 3), ("--seeds", 3, 4)):
         call(consistency, "--ckpt", run, "--data", tmp_path / "orbit", "--steps", 1, "--scale", 1, *argv,
@@ -136,7 +136,7 @@ def test_the_ablation_stops_where_its_training_was_stopped(tmp_path):
         env = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "SEEDS": "0", "MEANS": "0", "STDS": ""}
         for name in ("uniform-0", "mean0-0", "amalgamate-0"):
             (tmp_path / "out" / "runs" / name).mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["bash", ROOT / "tools/ablation.sh"], env=env | {"STOP": stop}, timeout=60)
+        done = subprocess.run(["bash", ROOT / "studies/ablation.sh"], env=env | {"STOP": stop}, timeout=60)
         calls = (tmp_path / "calls").read_text()
         assert (calls.count("train.py"), calls.count("evaluate.py")) == (trained, scored)
         assert (done.returncode == 0) == (stop == "none")

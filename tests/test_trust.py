@@ -22,10 +22,10 @@ from test_faults import LONG, load_state, make_small, pytestmark, restore, same,
 import data
 import pretrained
 import train
-from tools import checkpoints, durable
-from tools.archives import ARCHIVE_FORMAT
-from tools.cli import InputError
-from tools.formats import PREFIX
+from lib import checkpoints, files, images
+from lib.archives import ARCHIVE_FORMAT
+from lib.cli import InputError
+from lib.formats import PREFIX
 
 
 @pytest.fixture
@@ -104,10 +104,10 @@ def test_images_are_bounded_before_decoding_and_run_no_ghostscript(tmp_path):
         blob[29:33] = zlib.crc32(blob[12:29]).to_bytes(4, "big")
         path.write_bytes(blob)
         with pytest.raises(InputError, match="too large|exceeds limit"):
-            data.load_image(path, 32)
+            images.load_image(path, 32)
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(InputError, match="unreadable image"):
-        data.load_image(path, 32)
+        images.load_image(path, 32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB: 9000 x 9000 would take 80
 
 
@@ -199,12 +199,12 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
         "manifest": (archive / "manifest.json", open_archive),
         "manifest's values": (archive / "manifest.json", open_archive),
         "npy": (root / "00001" / "000.npy", lambda: data.read_pose(path)),
-        "png": (root / "00001" / "000.png", lambda: data.load_image(path, 32)),
+        "png": (root / "00001" / "000.png", lambda: images.load_image(path, 32)),
         "list": (root / "valid_paths.json", open_list),
         "ckpt": (tmp_path / "x.ckpt", open_ckpt),
         "old ckpt": (tmp_path / "x.ckpt", open_ckpt),
         "latest": (run / "latest", lambda: pretrained.find_weights(run)),
-        "log": (run / "log.jsonl", lambda: durable.trim_log(path, 10)),
+        "log": (run / "log.jsonl", lambda: files.trim_log(path, 10)),
     }[reader]
     if "ckpt" in reader:
         foreign = {k.replace("unet.", PREFIX["unet"], 1): v for k, v in model.state_dict().items()}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import pretrained
 import visualize
+from lib import scores
+from lib.archives import ARCHIVE_FORMAT, save_shard
+from lib.cli import InputError
 from model import timestep_density
 from pretrained import SpaceToDepth
-from tools import scores
-from tools.archives import ARCHIVE_FORMAT, save_shard
-from tools.cli import InputError
 from tools.shapes import look_at
 
 FOREGROUND = [1, 2, 5, 6, 9, 10, 13, 14]  # the middle columns of a 4x4 grid of patches

@@ -21,8 +21,9 @@ from torch import Tensor
 
 import pretrained
 import sample
-from tools import pictures
-from tools.cli import HelpFormatter, InputError, run_script, set_up
+from lib import images as pictures
+from lib.cli import HelpFormatter, InputError, run_script
+from lib.distributed import set_up
 
 
 def enlarged(image: Tensor) -> Image.Image:

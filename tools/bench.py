@@ -32,11 +32,12 @@ import precompute_dino
 import pretrained
 import sample
 import train
+from lib import archives
+from lib.autoencoder import AutoencoderKL
+from lib.cli import HelpFormatter, InputError, out_of_memory, run_script
+from lib.distributed import flops_per_sample, peak_memory, set_up
+from lib.formats import one_line
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
-from tools import archives
-from tools.autoencoder import AutoencoderKL
-from tools.cli import HelpFormatter, InputError, flops_per_sample, out_of_memory, peak_memory, run_script, set_up
-from tools.formats import one_line
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
 SIZES = {
@@ -203,7 +204,7 @@ def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, preci
             x0 = SCALE * (mean + (0.5 * logvar).exp() * posterior)
             t = sample_timesteps(u_t, "uniform" if plain else "gaussian")
             keep = condition_dropout(u_drop)
-            with precompute_dino.autocast(device, precision):
+            with pretrained.autocast(device, precision):
                 output = model(q_sample(x0, t, noise, model.alpha_bar), t, condition, *keep)
                 losses = diffusion_loss(output, x0, noise, t, model.alpha_bar, "eps")
             (losses.mean() / accumulate).backward()
@@ -375,7 +376,7 @@ def bench_archive(args, size: dict, device: torch.device):
 
         for compiled in sorted({mode != "off" for mode in args.compile}):
             if compiled:
-                precompute_dino.compile_frozen(encoder, codec)
+                pretrained.compile_frozen(encoder, codec)
             mode = {"compile": "default" if compiled else "off"}
             yield rated({"row": "encode"} | mode, "views", *measure(encode, args.seconds, device))
         for row in ("decode", "decode, encode"):

@@ -1,4 +1,4 @@
-"""What is wrong with a tree of renders, for `python data.py check`.
+"""What is wrong with a tree of renders, for any tree.
 
 Every image and pose is read; defects are counted by kind with the first paths at fault, and what is only odd (poses
 that look like camera-to-world, images without alpha, ...) is noted.
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from tools.cli import HelpFormatter, InputError, require_positive
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.images import IMAGE_EXTENSIONS, open_image
 
 NOTES = ("image without alpha", "nothing visible in image", "image not square", "pose looks like camera-to-world",
          "object behind camera (OpenCV axes?)", "camera does not look at the origin")  # fmt: skip
@@ -37,13 +38,13 @@ def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int
     """-> name, [(finding, path)], number of sound views, whether the object is sound."""
 
     def check_image(path):
-        image = data.open_image(path)
+        image = open_image(path)
         low, high = image.convert("RGBA").getchannel("A").getextrema()
         return [n for n, so in zip(NOTES, (low == 255, high == 0, image.width != image.height), strict=False) if so]
 
     folder, findings, n_sound, n_bad = Path(root, name), [], 0, 0
     try:
-        images, poses = data.indexed(folder, data.IMAGE_EXTENSIONS), data.indexed(folder, (".npy",))
+        images, poses = data.indexed(folder, IMAGE_EXTENSIONS), data.indexed(folder, (".npy",))
     except OSError:
         return name, [("missing folder", str(folder))], 0, False
     findings += [("missing pose", path) for index, path in images.items() if index not in poses]
@@ -94,19 +95,19 @@ def write_list(root: Path, names: list[str]):
         raise InputError(f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})") from None
 
 
-def add_command(commands) -> None:
-    """`data.py check`: exit code 1 if the tree has defects."""
+def main() -> None:
     text = "Validate a tree; exit code 1 if it has defects. Write a valid_paths.json of what is sound if it has none."
-    parser = commands.add_parser("check", help="validate a tree", description=text, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=text, formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
     add_workers(parser)
-    parser.set_defaults(run=run)
+    args = parser.parse_args()
+    require_positive(args)
+    raise SystemExit(int(check(args.data, args.workers) > 0))
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
 
 
-def run(args: argparse.Namespace) -> None:
-    require_positive(args)
-    raise SystemExit(int(check(args.data, args.workers) > 0))
+if __name__ == "__main__":
+    run_script(main)

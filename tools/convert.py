@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pretrained
+from lib.autoencoder import AutoencoderKL
+from lib.cli import HelpFormatter, InputError, run_script
+from lib.files import write_atomically
+from lib.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
 from model import NovelViewModel
-from tools.autoencoder import AutoencoderKL
-from tools.cli import HelpFormatter, InputError, run_script
-from tools.durable import write_atomically
-from tools.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
 
 
 def clip_to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,8 +38,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.images import MAX_PIXELS
 from tools.check import write_list
-from tools.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.shapes import look_at
 
 EXTENSIONS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".fbx")
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None, render=render_mesh):
     for flag, value in (defaults | {"workers": 2 if args.device == "cuda" else min(os.cpu_count(), 16)}).items():
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     require_positive(args, "size", "samples", "workers", "timeout")
-    for flag, low, high in (("views", 2, 10**4), ("seed", 0, 2**63), ("size", 1, int(data.MAX_PIXELS**0.5))):
+    for flag, low, high in (("views", 2, 10**4), ("seed", 0, 2**63), ("size", 1, int(MAX_PIXELS**0.5))):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be from {low} to {high}")
     if not args.meshes.is_dir():

@@ -1,4 +1,4 @@
-"""The `shapes` data set: procedural objects, sphere-traced in torch, for `python data.py shapes`.
+"""The `shapes` data set: procedural objects, sphere-traced in torch, for trying everything without downloads.
 
 Unions and differences of textured primitives with different colours on every side, so that what a model makes of the
 camera move shows; rendered with Zero-1-to-3's cameras to RGBA and depth.
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import TAN_HALF_FOV, camera_centre
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
 from tools.check import add_workers, write_list
-from tools.cli import HelpFormatter, InputError, require_positive
 
 # K primitives, all of one formula: the distance to a box of half-edges (hx,hy,hz), rounded by `rounding`, whose hx
 # grows by `slope` per unit of z (wedges, cones), over local (x,y,z), or (rho - ring,y,z) where ring >= 0 (revolved).
@@ -231,10 +231,9 @@ def shapes(
     torch.set_num_threads(threads)
 
 
-def add_command(commands) -> None:
-    """`data.py shapes`."""
+def main() -> None:
     text = "Render procedural objects: RGBA, poses and depth."
-    parser = commands.add_parser("shapes", help="make a data set", description=text, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=text, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument("--objects", type=int, default=512, help="number of objects")
     parser.add_argument("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
@@ -244,9 +243,10 @@ def add_command(commands) -> None:
     parser.add_argument("--plain", action="store_true", help="a colour a primitive instead of one on every side")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     add_workers(parser)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> None:
+    args = parser.parse_args()
     require_positive(args, "objects", "views", "size")
     shapes(args.out, args.objects, args.views, args.size, args.seed, args.device, args.workers, args.orbit, args.plain)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -15,19 +15,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import NovelViewModel
-from tools.cli import InputError, check_specs
-from tools.durable import flush, write_atomically
-from tools.formats import find_weights, one_line, read_tensors
+from lib.cli import InputError, check_specs
+from lib.files import flush, write_atomically
+from lib.formats import find_weights, one_line, read_tensors
 
 # ------------------------------------------------------------------------------------------------- model.safetensors
 
 CHECKPOINT_FORMAT = 1
 
 
-def save_model(path: Path, model: NovelViewModel, meta: dict, tensors: dict[str, Tensor]) -> None:
+def save_model(path: Path, model: nn.Module, meta: dict, tensors: dict[str, Tensor]) -> None:
     """model.safetensors: the model's weights in float32, what rebuilds it as metadata, and `tensors` of the encoder.
 
     meta: "encoder" and "codec" specs, "image_size", "val_fraction", "step", "args" of training, ...
@@ -62,10 +61,10 @@ def read_meta(path: Path) -> dict | None:
     return meta
 
 
-def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | None:
-    """(metadata, all tensors, the model) that `save_model` wrote; None where the file is another program's.
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]] | None:
+    """(metadata, all tensors) that `save_model` wrote; None where the file is another program's.
 
-    Raises InputError where it is damaged, or its parts don't fit together.
+    Raises InputError where it is damaged.
     """
     if (meta := read_meta(path)) is None:
         return None
@@ -73,26 +72,7 @@ def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | N
     digest = checksum({key: value for key, value in meta.items() if key != "sha256"}, tensors)
     if meta.get("sha256", digest) != digest:
         raise InputError(f"{path}: damaged, its checksum does not match")
-    try:
-        side, tokens = meta["image_size"] // meta["codec"]["factor"], meta["encoder"]["tokens"]
-        if (meta["model"]["latent_size"], meta["model"]["feature_tokens"]) != (side, tokens):
-            raise ValueError("latent_size or feature_tokens is not the codec's or encoder's")
-        model = build(meta["model"], tensors)
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    except Exception as error:  # the arguments may be anything
-        raise InputError(f"{path}: its weights do not fit its metadata ({one_line(error)})") from None
-    return meta, tensors, model
-
-
-def build(args: dict, tensors: dict[str, Tensor]) -> NovelViewModel:
-    """The model of these arguments, allocated once they turn out to ask for the sizes of the tensors given for it."""
-    if len(args["channel_mult"]) > 16 or args["num_res_blocks"] > 64:
-        raise ValueError("absurd sizes")
-    with torch.device("meta"):
-        sizes = {name: value.numel() for name, value in NovelViewModel(**args).state_dict().items()}
-    if wrong := [name for name, size in sizes.items() if name in tensors and tensors[name].numel() != size]:
-        raise ValueError(f"{len(wrong)} tensors are of another shape, {wrong[0]} for one")
-    return NovelViewModel(**args)
+    return meta, tensors
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:
@@ -112,28 +92,6 @@ def image_size(path: str) -> int:
     return meta["image_size"] if meta else 256
 
 
-def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
-    """Raises InputError where --init is a checkpoint of ours that disagrees in what shapes don't show; says so where it
-    knew other features than this encoder's."""
-    path, config = Path(source), Path(source, "unet", "config.json")
-    file = find_weights(path) if (path / "latest").is_file() or (path / "model.safetensors").exists() else path
-    meta = read_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
-    theirs = {key: meta["model"].get(key) for key in ("prediction", "num_heads")} if meta else diffusers_heads(config)
-    for key, value in theirs.items():
-        if value != model.args[key]:
-            raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
-    if meta and any(meta["encoder"].get(key) != encoder[key] for key in ("sha256", "layers")):
-        print(f"init: {source} was trained with another image encoder, or other layers of it")
-
-
-def diffusers_heads(config: Path) -> dict[str, int]:
-    """{"num_heads"} of a diffusers UNet's config.json, the one place that holds it; {} where there is no such file."""
-    try:
-        return {"num_heads": json.loads(config.read_text()).get("attention_head_dim", 8)} if config.is_file() else {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{config}: not a diffusers configuration ({one_line(error)})") from None
-
-
 # ---------------------------------------------------------------------------------------------------------- state.pt
 
 STATE_FORMAT = 1
@@ -142,7 +100,7 @@ FIXED += ("frozen",)
 STEP = "step_" + 7 * "[0-9]"
 
 
-def save_checkpoint(out: Path, state: dict, ema: NovelViewModel, frozen: dict, args) -> None:
+def save_checkpoint(out: Path, state: dict, ema: nn.Module, frozen: dict, args) -> None:
     """RUN/step_*/ with model.safetensors (EMA) and state.pt (what resuming takes); appears whole or not at all."""
     folder, temporary = out / f"step_{state['step']:07d}", out / ".step.tmp"
     try:
@@ -183,7 +141,7 @@ def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
             if damaged := zipfile.ZipFile(folder / "state.pt").testzip():  # torch.load compares no checksums
                 raise ValueError(f"{damaged} does not match its checksum")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            form, weights = state["format"], read_model(folder / "model.safetensors")[1]
+            form, weights = state["format"], read_checkpoint(folder / "model.safetensors")[1]
         except Exception as error:  # whatever a torn file makes of torch.load
             why = error if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:100]}"
             print(f"{folder}: unreadable ({why}); trying the one before it", file=sys.stderr)

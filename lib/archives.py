@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.cli import InputError, check_specs
-from tools.durable import write_atomically
+from lib.cli import InputError, check_specs
+from lib.files import write_atomically
 
 ARCHIVE_FORMAT = 2
 TABLES = ("view_offset", "crc32")  # objects' first rows, and a checksum of each row by the ROW_KEYS

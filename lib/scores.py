@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.cli import InputError
+from lib.cli import InputError
+from lib.files import read_lines
 
 LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "mse": "MSE on [-1, 1] ↓"}
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
@@ -15,14 +16,6 @@ ALIKE += "sampler steps eta scale seed samples precision".split()
 SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
 WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="only lines of which this is so: evaluate.py's "
              "settings or, where it has none of the name, train.py's flags; train.KEY for the latter")  # fmt: skip
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The records of a .jsonl file, but for lines torn by a crash or still being written. Raises InputError."""
-    try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error})") from None
 
 
 def open_table(out: Path) -> dict[str, dict]:

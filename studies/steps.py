@@ -1,6 +1,6 @@
 """Quality against sampling steps: which sampler, and how many steps, are enough.
 
-    python -m tools.steps --ckpt out/demo --data out/demo/data --pairs 64 --scale 1 --out out/steps
+    python -m studies.steps --ckpt out/demo --data out/demo/data --pairs 64 --scale 1 --out out/steps
 
 For DDIM (eta 1 and 0) and DPM-Solver++(2M): PSNR to the true view, and, for the two without noise, PSNR to the sample
 that 200 steps of DDIM make of the same noise, which is the solver's own error. Writes OUT.png, OUT.pdf, OUT.jsonl.
@@ -17,8 +17,9 @@ import pretrained
 import sample
 import visualize
 from evaluate import fixed_pairs, load_pairs, psnr
-from tools.cli import HelpFormatter, require_positive, run_script, set_up
-from tools.durable import check_writable, write_jsonl
+from lib.cli import HelpFormatter, require_positive, run_script
+from lib.distributed import set_up
+from lib.files import check_writable, write_jsonl
 
 WAYS = {"DDIM, eta 1": ("ddim", 1.0), "DDIM, eta 0": ("ddim", 0.0), "DPM-Solver++(2M)": ("dpm", 0.0)}
 CONVERGED = 200

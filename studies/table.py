@@ -1,6 +1,6 @@
 """The rows of an ablation as a table: scores of evaluate.py, mean and standard deviation over seeds.
 
-    python -m tools.table --eval out/ablation/eval.jsonl --by t_sampling t_mean t_std amalgamate
+    python -m studies.table --eval out/ablation/eval.jsonl --by t_sampling t_mean t_std amalgamate
 
 Runs that agree in the flags of training given by --by are one row, and must have been trained equally long; the last
 checkpoint of each run counts. What has no flags of training, the baselines above all, comes below, where it is of the
@@ -9,8 +9,8 @@ same pairs. Prints Markdown.
 
 import argparse
 
-from tools.cli import HelpFormatter, InputError, run_script
-from tools.scores import ALIKE, LABELS, WHERE, check_alike, mean_and_spread, read_lines, read_scores
+from lib.cli import HelpFormatter, InputError, run_script
+from lib.scores import ALIKE, LABELS, WHERE, check_alike, mean_and_spread, read_lines, read_scores
 
 
 def main() -> None:

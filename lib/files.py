@@ -6,17 +6,14 @@ tests/test_faults.py pulls the plug on all of it; the README's reliability secti
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tools.cli import InputError
-from tools.scores import read_lines
+from lib.cli import InputError
 
 # ------------------------------------------------------------------------------------------------------------- files
 
@@ -97,6 +94,14 @@ def lock(folder: Path, flag: str):
     return file
 
 
+def read_lines(path: str | Path) -> list[dict]:
+    """The records of a .jsonl file, but for lines torn by a crash or still being written. Raises InputError."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error})") from None
+
+
 def logged(path: Path, step: int, key: str) -> bool:
     """Whether a log has a line of this step with this key."""
     return path.exists() and any(line["step"] == step and key in line for line in read_lines(path))
@@ -114,29 +119,3 @@ def trim_log(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-# ----------------------------------------------------------------------------------------------------------- signals
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-def kill_workers() -> None:
-    """At exit, for whatever reason: Python would wait for ever for data workers that block SIGNALS."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def catch_signals() -> list[int]:
-    """SIGNALS land in the list, for the loop to see; a second one stops the process at once."""
-    caught: list[int] = []
-
-    def handler(number, frame):
-        caught.append(number)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-
-    for number in SIGNALS:
-        signal.signal(number, handler)
-    return caught

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.cli import InputError
-from tools.formats import count, one_line
+from lib.cli import InputError
+from lib.formats import count, one_line
 
 
 class VAEBlock(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tools.cli import InputError
+from lib.cli import InputError
 
 # diffusers' folders: LDM's prefixes
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "cc_projection": "cc_projection."}

@@ -1,10 +1,10 @@
 """How well generated orbits hold together: independent views against stochastic conditioning and shared noise.
 
-    python data.py shapes --out out/orbits --objects 16 --views 12 --size 24 --seed 1 --orbit --plain
-    python -m tools.consistency --ckpt out/demo --data out/orbits --seeds 0 1 2 --steps 20 --scale 1
+    python -m tools.shapes --out out/orbits --objects 16 --views 12 --size 24 --seed 1 --orbit --plain
+    python -m studies.consistency --ckpt out/demo --data out/orbits --seeds 0 1 2 --steps 20 --scale 1
 
 For each way of sampling: PSNR against the true orbit, and agreement, the PSNR between neighbouring views of what both
-see, one warped into the other by the true depth of `data.py shapes`. Blurred views agree easily: read both columns.
+see, one warped into the other by the true depth of `tools.shapes`. Blurred views agree easily: read both columns.
 A line a (way, seed) goes to OUT; the table has their mean and standard deviation.
 """
 
@@ -23,10 +23,12 @@ import pretrained
 import sample
 from data import TAN_HALF_FOV
 from evaluate import psnr
-from tools import pictures
-from tools.cli import HelpFormatter, InputError, require_positive, run_script, set_up
-from tools.durable import check_writable, write_jsonl
-from tools.scores import mean_and_spread
+from lib import images as pictures
+from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.distributed import set_up
+from lib.files import check_writable, write_jsonl
+from lib.images import load_image
+from lib.scores import mean_and_spread
 
 WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
     "independent": (False, False),
@@ -39,7 +41,7 @@ WAYS = {  # name: (--stochastic_conditioning, --shared_noise)
 def warp(image: Tensor, depth: Tensor, w2c: Tensor, into_depth: Tensor, into_w2c: Tensor) -> tuple[Tensor, Tensor]:
     """The image (3,S,S) seen from another camera of known depth (S,S): (3,S,S), and where both see it (S,S) bool.
 
-    w2c (3,4); depth along the optical axis, 0 for the background, as `data.py shapes` writes it.
+    w2c (3,4); depth along the optical axis, 0 for the background, as `python -m tools.shapes` writes it.
     """
     size = len(depth)
     x = ((torch.arange(size) + 0.5) * 2 / size - 1) * TAN_HALF_FOV
@@ -67,7 +69,7 @@ def load_orbit(root: str, name: str, size: int) -> tuple[Tensor, Tensor, Tensor]
     views = data.list_views(root, name)
     if len(views) < 3:
         raise InputError(f"--data {root}: {name} has {len(views)} view(s); an input and two neighbours are needed")
-    images = torch.stack([data.load_image(image, size)[0] for image, _ in views])
+    images = torch.stack([load_image(image, size)[0] for image, _ in views])
     w2c = torch.stack([torch.from_numpy(data.read_pose(npy)).float() for _, npy in views])
     depths = []
     for _, npy in views:
@@ -75,7 +77,7 @@ def load_orbit(root: str, name: str, size: int) -> tuple[Tensor, Tensor, Tensor]
         try:
             depths.append(torch.from_numpy(np.load(path, allow_pickle=False)).float())
         except Exception as error:  # np.load raises nearly anything
-            raise InputError(f"{path}: no depth map ({error}); `data.py shapes` writes them") from None
+            raise InputError(f"{path}: no depth map ({error}); `python -m tools.shapes` writes them") from None
         if depths[-1].shape != (size, size):
             raise InputError(f"{path}: a depth map of {tuple(depths[-1].shape)}, the model makes {size} pixels")
     return images, torch.stack(depths), w2c
@@ -87,7 +89,7 @@ def main() -> None:
     )
     sample.add_checkpoint_flags(parser)
     sample.add_sampler_flags(parser)
-    parser.add_argument("--data", required=True, help="orbits with depth, by data.py shapes --orbit")
+    parser.add_argument("--data", required=True, help="orbits with depth, by tools.shapes --orbit")
     parser.add_argument("--objects", type=int, default=16, help="at most so many, the first")
     parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--batch_size", type=int, default=16, help="independent views at a time")

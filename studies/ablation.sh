@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The ablations of Table 1 and figure 6 at a size that a CPU can take, on procedural objects (section 4.2):
 #
-#     make ablation                       # the same as: OUT=out/ablation STEPS=200 SEEDS="0 1" tools/ablation.sh
-#     DEVICE=cuda PX=64 FACTOR=4 PREDICTION=x0 OBJECTS=8192 PRETRAIN=20000 STEPS=5000 BATCH=256 SEEDS="0 1 2" tools/ablation.sh
+#     make ablation                       # the same as: OUT=out/ablation STEPS=200 SEEDS="0 1" studies/ablation.sh
+#     DEVICE=cuda PX=64 FACTOR=4 PREDICTION=x0 OBJECTS=8192 PRETRAIN=20000 STEPS=5000 BATCH=256 SEEDS="0 1 2" studies/ablation.sh
 #
 # One model is pretrained with uniform timesteps and every condition nulled, in Stable Diffusion's stead; each row is
 # finetuned from it, with the seeds in the outer loop, so that what is there at any time is whole rounds. What was done
@@ -21,7 +21,7 @@ COMMON="--archive $OUT/archive $SIZE --prediction $PREDICTION --batch_size $BATC
     --val_every 100 --val_pairs 64 --preview_every 0 --save_every 100 --keep 1 --device $DEVICE --workers $WORKERS"
 
 test -e "$OUT/data" || { rm -rf "$OUT/data.part" && mkdir -p "$OUT" &&
-    $PYTHON data.py shapes --out "$OUT/data.part" --objects "$OBJECTS" --views 12 --size "$PX" --plain &&
+    $PYTHON -m tools.shapes --out "$OUT/data.part" --objects "$OBJECTS" --views 12 --size "$PX" --plain &&
     mv "$OUT/data.part" "$OUT/data"; }
 $PYTHON precompute_dino.py --data "$OUT/data" --archive "$OUT/archive" --codec pixels --pixels_factor "$FACTOR" \
     --image_size "$PX" --val_fraction 0.0625 --encoder vit_tiny_patch16_224 --weights random --layers 3 7 11 \
@@ -63,4 +63,4 @@ runs() { local list=""; for seed in $SEEDS; do list+=",$OUT/runs/$1-$seed"; done
 $PYTHON visualize.py sweep --eval "$OUT/eval.jsonl" --metric psnr --where amalgamate=False --out "$OUT/sweep"
 $PYTHON visualize.py curves "uniform=$(runs uniform)" "Gaussian=$(runs mean1000)" "Gaussian, amalgamation=$(runs amalgamate)" \
     --metric val_loss_ema --x samples --out "$OUT/curves"
-$PYTHON -m tools.table --eval "$OUT/eval.jsonl"
+$PYTHON -m studies.table --eval "$OUT/eval.jsonl"

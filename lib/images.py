@@ -6,13 +6,65 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.utils import make_grid
 
-import data
-from tools.cli import InputError
-from tools.durable import write_atomically
+from lib.cli import InputError
+from lib.files import write_atomically
+
+MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content: PIL would run Ghostscript on an EPS
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A decoded PIL image, turned upright by its EXIF tag. InputError if absent, too large, or not wholly readable."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height <= MAX_PIXELS:
+                image.load()
+                if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+                    raise ValueError("of floats or 32-bit numbers, whose range is anybody's guess")
+                return ImageOps.exif_transpose(image)
+    except Exception as error:  # PIL raises nearly anything on malformed files
+        raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
+    raise InputError(f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)")
+
+
+def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """PIL image of any mode -> (rgb (H,W,3) composited onto white, alpha (H,W)), float32 in [0,1].
+
+    Deviation: Zero-1-to-3 only whitens pixels of alpha exactly 0, which leaves halos on antialiased edges.
+    """
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion to 8 bits would clip
+        grey = (np.asarray(image, np.float32) / 65535).clip(0, 1)
+        alpha = (np.asarray(image) != image.info.get("transparency", -1)).astype(np.float32)
+        rgb = np.repeat(grey[..., None], 3, axis=2)
+    else:
+        rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
+        rgb, alpha = rgba[..., :3], rgba[..., 3]
+    return rgb * alpha[..., None] + (1 - alpha[..., None]), alpha
+
+
+def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """(H,W,C) in [0,1] -> (C,height,width) in [0,1], bilinear, antialiased (PIL's).
+
+    In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
+    """
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)]
+    planes = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
+    return torch.from_numpy(np.stack(planes)).clamp(0, 1)
+
+
+def load_image(path: str | Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """File -> (image (3,size,size) float32 in [-1,1] on white, alpha (size,size) float32 in [0,1]).
+
+    What is not square is stretched. InputError as in open_image.
+    """
+    rgb, alpha = composite(open_image(path))
+    planes = resize(np.concatenate([rgb, alpha[..., None]], axis=2), size, size)
+    return planes[:3] * 2 - 1, planes[3]
 
 
 def list_photos(path: str) -> list[Path]:
@@ -22,9 +74,9 @@ def list_photos(path: str) -> list[Path]:
         raise InputError(f"--image {path}: no such file or folder")
     photos = [source]
     if source.is_dir():
-        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in data.IMAGE_EXTENSIONS and p.is_file())
+        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
     if not photos:
-        raise InputError(f"--image {path}: no {', '.join(data.IMAGE_EXTENSIONS)} in it")
+        raise InputError(f"--image {path}: no {', '.join(IMAGE_EXTENSIONS)} in it")
     if len({photo.stem for photo in photos}) < len(photos):
         raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
     return photos
@@ -38,17 +90,17 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     plain background or what rembg (an optional package) cuts out of another. Without crop the whole image is set on a
     white square. Raises InputError where no object can be told from the background.
     """
-    photo = data.open_image(path)
+    photo = open_image(path)
     if photo.mode == "I;16B":  # which PIL shrinks wrongly
         photo = Image.fromarray(np.asarray(photo).astype(np.uint16))
     photo.thumbnail((2048, 2048), reducing_gap=None)  # a telephone's would take gigabytes; 16 bits have no reduce()
-    rgb, alpha = data.composite(photo)
+    rgb, alpha = composite(photo)
     if not crop:
         return fit(rgb, 0, size)
     if alpha.min() == 1:
         alpha = off_plain_background(rgb)
         if alpha is None:
-            rgb, alpha = data.composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
+            rgb, alpha = composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
         else:
             rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
     rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
@@ -90,7 +142,7 @@ def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
     height, width = (max(1, round(n * inner / max(rgb.shape[:2]))) for n in rgb.shape[:2])
     canvas = torch.ones(3, size, size)
     top, left = (size - height) // 2, (size - width) // 2
-    canvas[:, top : top + height, left : left + width] = data.resize(rgb, height, width) * 2 - 1
+    canvas[:, top : top + height, left : left + width] = resize(rgb, height, width) * 2 - 1
     return canvas
 
 
