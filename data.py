@@ -48,7 +48,10 @@ def read_pose(path: str | Path) -> np.ndarray:
     pose = pose.astype(np.float64)
     if not np.isfinite(pose).all():
         raise InputError(f"{path}: NaN or infinity in pose")
-    if np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3 or np.linalg.det(pose[:, :3]) < 0:
+    if (
+        np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3
+        or np.linalg.det(pose[:, :3]) < 0
+    ):
         raise InputError(f"{path}: pose is not a rigid motion (its left 3x3 is not a rotation)")
     return pose
 
@@ -63,8 +66,14 @@ def relative_pose(cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     theta is the polar angle from +z and phi the azimuth from +x, in radians; r the distance to the origin.
     """
-    x, y, z = camera_centre(torch.stack(torch.broadcast_tensors(cond, target)).double()).unbind(-1)  # each (2,...)
-    theta, phi, r = torch.atan2(torch.hypot(x, y), z), torch.atan2(y, x), torch.sqrt(x * x + y * y + z * z)
+    x, y, z = camera_centre(torch.stack(torch.broadcast_tensors(cond, target)).double()).unbind(
+        -1
+    )  # each (2,...)
+    theta, phi, r = (
+        torch.atan2(torch.hypot(x, y), z),
+        torch.atan2(y, x),
+        torch.sqrt(x * x + y * y + z * z),
+    )
     dphi = phi[1] - phi[0]
     return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), r[1] - r[0]], dim=-1).float()
 
@@ -72,7 +81,9 @@ def relative_pose(cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
-def indexed(folder: Path, extensions: tuple[str, ...], names: list[str] | None = None) -> dict[int, Path]:
+def indexed(
+    folder: Path, extensions: tuple[str, ...], names: list[str] | None = None
+) -> dict[int, Path]:
     """{index: path} of the files called %03d + extension, by index; of several images the first extension counts."""
     found = {}
     for name in os.listdir(folder) if names is None else names:
@@ -101,11 +112,15 @@ def list_objects(root: str | Path) -> list[str]:
             raise InputError(f"{listed}: {strange[0]!r} can't be a folder's name")
         if outside := [name for name in names if os.path.isabs(name) or ".." in name.split("/")]:
             raise InputError(f"{listed}: {outside[0]!r} leads out of the folder")
-        if twice := [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]:
+        if twice := [
+            name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1
+        ]:
             raise InputError(f"{listed}: {twice[0]!r} is listed twice")
     else:
         names, seen = [], set()
-        for folder, below, files in os.walk(root, followlinks=True):  # people collect objects by symbolic links
+        for folder, below, files in os.walk(
+            root, followlinks=True
+        ):  # people collect objects by symbolic links
             below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
             real = os.path.realpath(folder)
             if real in seen:  # by another name; it might be on either side of the split, or a loop
@@ -115,7 +130,9 @@ def list_objects(root: str | Path) -> list[str]:
             seen.add(real)
         names.sort()
     if not names:
-        raise InputError(f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)")
+        raise InputError(
+            f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)"
+        )
     return names
 
 
@@ -126,7 +143,9 @@ def list_views(root: str | Path, name: str) -> list[tuple[Path, Path]]:
         files = os.listdir(folder)
     except OSError as error:
         raise InputError(f"{folder}: unreadable folder ({error.strerror})") from None
-    images, poses = (indexed(folder, extensions, files) for extensions in (IMAGE_EXTENSIONS, (".npy",)))
+    images, poses = (
+        indexed(folder, extensions, files) for extensions in (IMAGE_EXTENSIONS, (".npy",))
+    )
     return [(images[index], poses[index]) for index in images if index in poses]
 
 
@@ -134,7 +153,9 @@ def split_objects(names: list[str], val_fraction: float, split: str) -> list[str
     """Zero-1-to-3's split: the first floor((1 - val_fraction) N) names are "train", the rest "val"; or "all"."""
     if not 0 <= val_fraction <= 1:
         raise InputError(f"--val_fraction {val_fraction}: expected a number from 0 to 1")
-    n_train = math.floor((1 - Fraction(str(float(val_fraction)))) * len(names))  # exact: 1 - .9 of 10 is 1, not 0
+    n_train = math.floor(
+        (1 - Fraction(str(float(val_fraction)))) * len(names)
+    )  # exact: 1 - .9 of 10 is 1, not 0
     return {"train": names[:n_train], "val": names[n_train:], "all": list(names)}[split]
 
 
@@ -187,8 +208,16 @@ class ImagePairs(torch.utils.data.Dataset):
     InputError; with skip_bad the sample is taken from the next object in list order, and the message is returned.
     """
 
-    def __init__(self, root: str, names: list[str], size: int, seed: int = 0, skip_bad: bool = False):
-        self.root, self.names, self.size, self.seed, self.skip_bad = root, names, size, seed, skip_bad
+    def __init__(
+        self, root: str, names: list[str], size: int, seed: int = 0, skip_bad: bool = False
+    ):
+        self.root, self.names, self.size, self.seed, self.skip_bad = (
+            root,
+            names,
+            size,
+            seed,
+            skip_bad,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -215,7 +244,9 @@ class ImagePairs(torch.utils.data.Dataset):
         name = self.names[index]
         views = list_views(self.root, name)
         if len(views) < 2:
-            raise InputError(f"{Path(self.root) / name}: {len(views)} complete view(s), a pair takes two")
+            raise InputError(
+                f"{Path(self.root) / name}: {len(views)} complete view(s), a pair takes two"
+            )
         cond, target = (views[v] for v in draw_pair(self.seed, epoch, index, len(views)))
         poses = [torch.from_numpy(read_pose(npy)) for _, npy in (cond, target)]
         images = [load_image(image, self.size)[0] for image, _ in (cond, target)]
@@ -237,14 +268,30 @@ class Archive(torch.utils.data.Dataset):
     patch: whether to read patch features, where there are any.
     """
 
-    def __init__(self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True):
-        self.root, self.seed, self.images, self.patch, self.maps, self.count = root, seed, images, patch, {}, 0
+    def __init__(
+        self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True
+    ):
+        self.root, self.seed, self.images, self.patch, self.maps, self.count = (
+            root,
+            seed,
+            images,
+            patch,
+            {},
+            0,
+        )
         self.manifest = read_manifest(root)
         names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
         side = self.manifest["image_size"] // codec["factor"]
         latent, patch = (codec["channels"], side, side), (encoder["tokens"], encoder["feature_dim"])
-        self.shapes = {"latent_mean": latent, "latent_logvar": latent, "cls": (encoder["cls_dim"],), "pose": (3, 4)}
-        self.shapes |= {"alpha": patch[:1], "crc32": (len(ROW_KEYS),)} | ({"patch": patch} if patch[1] else {})
+        self.shapes = {
+            "latent_mean": latent,
+            "latent_logvar": latent,
+            "cls": (encoder["cls_dim"],),
+            "pose": (3, 4),
+        }
+        self.shapes |= {"alpha": patch[:1], "crc32": (len(ROW_KEYS),)} | (
+            {"patch": patch} if patch[1] else {}
+        )
         chosen = set(split_objects(names, self.manifest["val_fraction"], split))
         rows, self.names = [], []
         for shard, first in enumerate(range(0, len(names), SHARD_OBJECTS)):
@@ -253,10 +300,20 @@ class Archive(torch.utils.data.Dataset):
             handle = open_shard(shard_path(root, shard))
             offsets = handle.get_tensor("view_offset").flatten().tolist()
             members = names[first : first + SHARD_OBJECTS]
-            shapes = {key: handle.get_slice(key).get_shape() for key in self.shapes.keys() & set(handle.keys())}
+            shapes = {
+                key: handle.get_slice(key).get_shape()
+                for key in self.shapes.keys() & set(handle.keys())
+            }
             expected = {key: [offsets[-1], *shape] for key, shape in self.shapes.items()}
-            if len(offsets) != len(members) + 1 or offsets[0] or offsets != sorted(offsets) or shapes != expected:
-                raise InputError(f"{shard_path(root, shard)}: its views disagree with {root}/manifest.json")
+            if (
+                len(offsets) != len(members) + 1
+                or offsets[0]
+                or offsets != sorted(offsets)
+                or shapes != expected
+            ):
+                raise InputError(
+                    f"{shard_path(root, shard)}: its views disagree with {root}/manifest.json"
+                )
             for name, start, stop in zip(members, offsets, offsets[1:], strict=False):
                 if name in chosen and stop - start >= 2:
                     rows.append((shard, start, stop - start))
@@ -270,7 +327,9 @@ class Archive(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"maps": {}}  # workers that are not forked would be sent whole shards
+        return self.__dict__ | {
+            "maps": {}
+        }  # workers that are not forked would be sent whole shards
 
     def map(self, shard: int) -> None:
         """Memory-map a shard's tensors, if they are not yet: what is not touched is not read. Raises InputError."""
@@ -280,7 +339,10 @@ class Archive(torch.utils.data.Dataset):
             if shard not in self.maps:
                 handle = open_shard(path)
                 tensors = {key: handle.get_tensor(key) for key in self.shapes}
-                self.maps[shard] = size, tensors | {"crc32": tensors["crc32"].numpy()}  # whose elements come cheaper
+                self.maps[shard] = (
+                    size,
+                    tensors | {"crc32": tensors["crc32"].numpy()},
+                )  # whose elements come cheaper
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
         opened_size = self.maps[shard][0]
@@ -305,27 +367,40 @@ class Archive(torch.utils.data.Dataset):
     def image(self, index: int, view: int) -> torch.Tensor:
         """The image (3,H,W) that a view was archived of, found by its pose. Raises InputError."""
         pose = self.view(index, view, ("pose",))["pose"].numpy()
-        for image, npy in list_views(self.images, self.names[index])[view:]:  # --skip_bad only moves views forward
+        for image, npy in list_views(self.images, self.names[index])[
+            view:
+        ]:  # --skip_bad only moves views forward
             with contextlib.suppress(InputError):
                 if np.allclose(read_pose(npy), pose, atol=1e-5):
                     return load_image(image, self.manifest["image_size"])[0]
-        raise InputError(f"--data {Path(self.images) / self.names[index]}: no readable view has view {view}'s pose")
+        raise InputError(
+            f"--data {Path(self.images) / self.names[index]}: no readable view has view {view}'s pose"
+        )
 
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         self.count += len(positions)
-        if self.count > 50_000:  # a map's page tables, one more page for nearly each row, go only with it
+        if (
+            self.count > 50_000
+        ):  # a map's page tables, one more page for nearly each row, go only with it
             self.maps, self.count = {}, 0
         draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
         places = [self.rows[index, :2].tolist() for index, _, _ in draws]
         for shard in {shard for shard, _ in places}:  # their sizes are looked at once a batch
             self.map(shard)
 
-        def gather(key: str, which: int) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
+        def gather(
+            key: str, which: int
+        ) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
             both = zip(places, draws, strict=True)
             rows = [self.read(shard, key, start + draw[which]) for (shard, start), draw in both]
-            return torch.utils.data.default_collate(rows)  # a worker's in shared memory: its heap would be fragmented
+            return torch.utils.data.default_collate(
+                rows
+            )  # a worker's in shared memory: its heap would be fragmented
 
-        batch = {"target_mean": gather("latent_mean", 2), "target_logvar": gather("latent_logvar", 2)}
+        batch = {
+            "target_mean": gather("latent_mean", 2),
+            "target_logvar": gather("latent_logvar", 2),
+        }
         batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}
         batch["pose"] = relative_pose(gather("pose", 1), gather("pose", 2))
         if self.images:

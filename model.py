@@ -28,7 +28,9 @@ TIMESTEPS = 1000
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of timesteps t (B,) -> (B, dim), cosines first, float32 (LDM's)."""
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    freqs = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -92,7 +94,9 @@ class GroupNorm(nn.GroupNorm):
         return channels_last_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def channels_last_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def channels_last_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     """`F.group_norm` for the compiler: PyTorch's CUDA kernel returns NCHW memory, and every convolution behind it would
     then copy, in backward too.
 
@@ -101,9 +105,15 @@ def channels_last_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tenso
     """
     B, C, H, W = x.shape
     y = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
-    var, mean = (moment.unflatten(1, (groups, -1)) for moment in torch.var_mean(y, dim=1, correction=0))
-    between, mean = torch.var_mean(mean, dim=2, keepdim=True, correction=0)  # of a group's channels: (B, groups, 1)
-    scale = torch.rsqrt(var.mean(dim=2, keepdim=True) + between + eps) * weight.unflatten(0, (groups, -1))
+    var, mean = (
+        moment.unflatten(1, (groups, -1)) for moment in torch.var_mean(y, dim=1, correction=0)
+    )
+    between, mean = torch.var_mean(
+        mean, dim=2, keepdim=True, correction=0
+    )  # of a group's channels: (B, groups, 1)
+    scale = torch.rsqrt(var.mean(dim=2, keepdim=True) + between + eps) * weight.unflatten(
+        0, (groups, -1)
+    )
     shift = bias.unflatten(0, (groups, -1)) - mean * scale  # (B, groups, C / groups)
     y = y * scale.reshape(B, 1, C) + shift.reshape(B, 1, C)
     return y.to(x.dtype).reshape(B, H, W, C).permute(0, 3, 1, 2)
@@ -122,7 +132,9 @@ class ResBlock(nn.Module):
             GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Identity(),  # LDM's dropout of 0 keeps its place in the parameter names
-            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),  # a block starts as its skip connection
+            zero_init(
+                nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            ),  # a block starts as its skip connection
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -130,7 +142,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
         emb = self.emb_layers(emb)
-        emb = emb + conv.bias.to(emb.dtype)  # by itself the bias, and its gradient, would take a pass over all of h
+        emb = emb + conv.bias.to(
+            emb.dtype
+        )  # by itself the bias, and its gradient, would take a pass over all of h
         h = F.conv2d(silu(norm(x)), conv.weight, padding=1) + emb[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
@@ -150,7 +164,9 @@ class Attention(nn.Module):
         B, N, C = x.shape
         # one matrix product instead of three; the parameters stay separate, as checkpoints have them
         qkv = F.linear(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
-        q, k, v = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, ·)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(
+            2, 0, 3, 1, 4
+        )  # (B, heads, N, ·)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).reshape(B, N, C))
 
@@ -175,7 +191,9 @@ class GEGLU(nn.Module):
 
 
 def feed_forward(dim: int) -> nn.Module:
-    net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1: LDM's dropout of 0
+    net = nn.Sequential(
+        GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
+    )  # 1: LDM's dropout of 0
     return nn.Sequential(OrderedDict(net=net))
 
 
@@ -206,7 +224,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, num_heads, context_dim)]
+        )
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -234,7 +254,9 @@ class NearestUpsample(nn.Module):
 
 
 def upsample(channels: int) -> nn.Module:
-    return nn.Sequential(OrderedDict(up=NearestUpsample(), conv=nn.Conv2d(channels, channels, 3, padding=1)))
+    return nn.Sequential(
+        OrderedDict(up=NearestUpsample(), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )
 
 
 class Block(nn.Sequential):
@@ -287,13 +309,23 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if model_channels % 32 or model_channels % num_heads:
-            raise ValueError(f"model_channels {model_channels} must be a multiple of 32 and of num_heads {num_heads}")
+            raise ValueError(
+                f"model_channels {model_channels} must be a multiple of 32 and of num_heads {num_heads}"
+            )
         if latent_size % 2 ** (len(channel_mult) - 1):
-            raise ValueError(f"a latent of {latent_size} cannot be halved {len(channel_mult) - 1} times")
-        self.model_channels, self.context_dim, self.feature_dim = model_channels, context_dim, feature_dim
+            raise ValueError(
+                f"a latent of {latent_size} cannot be halved {len(channel_mult) - 1} times"
+            )
+        self.model_channels, self.context_dim, self.feature_dim = (
+            model_channels,
+            context_dim,
+            feature_dim,
+        )
         self.checkpointing = checkpointing
         emb_dim = 4 * model_channels
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
 
         def block(channels: int, out: int, factor: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(channels, emb_dim, out)]
@@ -333,7 +365,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(
-            GroupNorm(32, channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+            GroupNorm(32, channels),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
         if feature_dim:
@@ -348,7 +382,9 @@ class UNet(nn.Module):
                 matrix = resize_matrix(grid, latent_size // 2**stage)
                 self.register_buffer(f"resize_{stage}", matrix, persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, features: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, features: Tensor | None = None
+    ) -> Tensor:
         """The network's output (B, out_channels, H, W), by training either noise or v.
 
         x (B, in_channels, H, W): noisy target latent beside the condition's latent; t (B,): timesteps in [0, 1000);
@@ -369,7 +405,9 @@ class UNet(nn.Module):
                     x = x + amalgamate(features, weight, getattr(self, f"resize_{stage}"))
                 stage += 1
             skips.append(x)
-        x = self.run(self.middle_block, x, emb, context)  # (B, C_last, H / 2^(stages-1), W / 2^(stages-1))
+        x = self.run(
+            self.middle_block, x, emb, context
+        )  # (B, C_last, H / 2^(stages-1), W / 2^(stages-1))
         for block in self.output_blocks:
             x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
@@ -396,7 +434,9 @@ class NovelViewModel(nn.Module):
 
     def __init__(self, cls_dim: int = 1024, prediction: str = "eps", **unet):
         super().__init__()
-        self.args = dict(cls_dim=cls_dim, prediction=prediction, **unet)  # what a checkpoint needs to rebuild it
+        self.args = dict(
+            cls_dim=cls_dim, prediction=prediction, **unet
+        )  # what a checkpoint needs to rebuild it
         self.prediction = prediction
         # before the UNet, so that its random part is the same with and without amalgamation
         self.cc_projection = make_cc_projection(cls_dim, unet.get("context_dim", 768))
@@ -419,7 +459,9 @@ class NovelViewModel(nn.Module):
         place of (context and features, condition latent) for classifier-free guidance.
         """
         latent = condition["latent"]
-        context = self.cc_projection(torch.cat([condition["cls"], condition["pose"]], dim=1))[:, None]  # (B, 1, D)
+        context = self.cc_projection(torch.cat([condition["cls"], condition["pose"]], dim=1))[
+            :, None
+        ]  # (B, 1, D)
         patch = condition["patch"] if self.unet.feature_dim else None
         # Deviation: the null context is zeros behind the projection, in training as in sampling; Zero-1-to-3 trains
         # with a zero CLS that keeps its pose and samples with zeros.
@@ -468,7 +510,9 @@ def sample_timesteps(u: Tensor, sampling: str, mean: float = 1000.0, std: float 
     if sampling == "uniform":
         x = u.double() * TIMESTEPS
     else:
-        low, high = torch.special.ndtr((torch.tensor([0.0, TIMESTEPS], dtype=torch.float64) - mean) / std).tolist()
+        low, high = torch.special.ndtr(
+            (torch.tensor([0.0, TIMESTEPS], dtype=torch.float64) - mean) / std
+        ).tolist()
         x = mean + std * torch.special.ndtri(low + u.double() * (high - low))
     return x.floor().long().clamp(0, TIMESTEPS - 1)
 
@@ -504,7 +548,9 @@ def predicted_x0_eps(output: Tensor, x_t: Tensor, t: Tensor, alpha_bar: Tensor, 
     return (x_t - sigma * output) / alpha, output
 
 
-def diffusion_loss(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
+def diffusion_loss(
+    output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor, prediction: str
+) -> Tensor:
     """Equation 2 with w(t) = 1, a value a sample: the squared error in the noise (or in v), its mean over C, H, W.
 
     With x0 prediction it is v's, too, x0's over sigma², but for nearly clean steps, which would outweigh all others.

@@ -29,7 +29,14 @@ from tqdm import tqdm
 
 import data
 import pretrained
-from lib.archives import ARCHIVE_FORMAT, check_manifest, check_space, save_manifest, save_shard, shard_path
+from lib.archives import (
+    ARCHIVE_FORMAT,
+    check_manifest,
+    check_space,
+    save_manifest,
+    save_shard,
+    shard_path,
+)
 from lib.cli import HelpFormatter, InputError, require_positive, run_script
 from lib.distributed import from_rank_0, set_up
 from lib.files import lock, write_atomically
@@ -58,7 +65,9 @@ class Views(torch.utils.data.Dataset):
                 if not self.skip_bad:
                     raise
                 bad.append(str(error))
-        columns = [torch.stack(column) for column in zip(*rows, strict=True)] or [torch.empty(0)] * 4
+        columns = [torch.stack(column) for column in zip(*rows, strict=True)] or [
+            torch.empty(0)
+        ] * 4
         rows = dict(zip(("object", "image", "alpha", "pose"), columns, strict=True))
         return rows | {"shard": shard, "views": count, "bad": bad}
 
@@ -84,7 +93,11 @@ def load_views(members: dict[int, list[str]], args, bad: list[str]):
 
     def batches():  # runs in this process as workers ask for more: no list of all views is ever made
         for shard, names in members.items():
-            views = [(index, *view) for index, name in enumerate(names) for view in find_views(name, args, bad)]
+            views = [
+                (index, *view)
+                for index, name in enumerate(names)
+                for view in find_views(name, args, bad)
+            ]
             for first in range(0, len(views), args.batch_size):
                 yield shard, len(views), views[first : first + args.batch_size]
 
@@ -96,7 +109,9 @@ def load_views(members: dict[int, list[str]], args, bad: list[str]):
             yield batch
 
 
-def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.device) -> dict[str, Tensor]:
+def encode_views(
+    batch: dict[str, Tensor], encoder, codec, args, device: torch.device
+) -> dict[str, Tensor]:
     """The archive's rows of a batch of views and their "object", in the archive's number formats, on the CPU. What a
     GPU has encoded is still on its way."""
     # only whole batches compiled: once it saw another size, the compiler's code would be for any, and slower
@@ -104,7 +119,10 @@ def encode_views(batch: dict[str, Tensor], encoder, codec, args, device: torch.d
     with torch.compiler.set_stance(stance), autocast(device, args.precision):
         rows = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
     forms = {"patch": args.patch_dtype}
-    out = {k: stored(value, forms.get(k, "fp16")).to("cpu", non_blocking=True) for k, value in rows.items()}
+    out = {
+        k: stored(value, forms.get(k, "fp16")).to("cpu", non_blocking=True)
+        for k, value in rows.items()
+    }
     alpha = (255 * patch_cover(batch["alpha"], encoder.tokens)).round().to(torch.uint8)
     return out | {"alpha": alpha, "pose": batch["pose"], "object": batch["object"]}
 
@@ -116,7 +134,10 @@ def encode_ahead(batches, encoder, codec, args, device: torch.device):
         before, ahead = ahead, None
         if batch:
             rows = encode_views(batch, encoder, codec, args, device)
-            ahead = rows, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+            ahead = (
+                rows,
+                torch.cuda.current_stream().record_event() if device.type == "cuda" else None,
+            )
         if before:
             rows, event = before
             if event:
@@ -143,15 +164,24 @@ def fit_pca(loader, encoder, codec, args, device: torch.device) -> dict[str, Ten
     for batch in tqdm(loader, desc="fitting the PCA", unit="batch"):
         with autocast(device, args.precision):
             patch = encoder(batch["image"].to(device))[1].double()
-        tokens = patch[patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5]  # of the foreground, (n, K0)
+        tokens = patch[
+            patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5
+        ]  # of the foreground, (n, K0)
         count, total, outer = count + len(tokens), total + tokens.sum(0), outer + tokens.T @ tokens
     if count < args.pca:
-        raise InputError(f"--pca {args.pca}: only {count} foreground tokens in the sampled training objects")
+        raise InputError(
+            f"--pca {args.pca}: only {count} foreground tokens in the sampled training objects"
+        )
     mean = total / count
     variance, vectors = torch.linalg.eigh(outer / count - mean.outer(mean))  # ascending
     kept = variance[-args.pca :].sum() / variance.sum()
-    print(f"PCA to {args.pca} of {len(mean)} channels keeps {kept:.1%} of the foreground tokens' variance")
-    return {"mean": mean.float().cpu(), "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu()}
+    print(
+        f"PCA to {args.pca} of {len(mean)} channels keeps {kept:.1%} of the foreground tokens' variance"
+    )
+    return {
+        "mean": mean.float().cpu(),
+        "components": vectors[:, -args.pca :].flip(1).contiguous().float().cpu(),
+    }
 
 
 @torch.compiler.set_stance("force_eager")
@@ -166,20 +196,35 @@ def storage_error(image: Tensor, encoder, args, device: torch.device) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-FLAGS = ("encoder", "weights", "encoder_size", "layers", "codec", "pixels_factor", "image_size", "val_fraction")
+FLAGS = (
+    "encoder",
+    "weights",
+    "encoder_size",
+    "layers",
+    "codec",
+    "pixels_factor",
+    "image_size",
+    "val_fraction",
+)
 FLAGS += ("patch_dtype", "pca", "precision")
 
 
-def write_archive(members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar) -> list[str]:
+def write_archive(
+    members: dict[int, list[str]], encoder, codec, args, device: torch.device, bar
+) -> list[str]:
     """Write the shards (shard -> names of its objects); returns messages of what was skipped."""
     bad, written = [], Future()
     written.set_result(None)
     with ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
-        shards = itertools.groupby(load_views(members, args, bad), key=lambda batch: (batch["shard"], batch["views"]))
+        shards = itertools.groupby(
+            load_views(members, args, bad), key=lambda batch: (batch["shard"], batch["views"])
+        )
         for (shard, views), batches in shards:
             tensors, n = {}, 0  # filled in place: a shard of the paper's size takes 6 GB of memory
             for rows in encode_ahead(batches, encoder, codec, args, device):
-                tensors = tensors or {k: row.new_empty(views, *row.shape[1:]) for k, row in rows.items()}
+                tensors = tensors or {
+                    k: row.new_empty(views, *row.shape[1:]) for k, row in rows.items()
+                }
                 for key, row in rows.items():
                     tensors[key][n : n + len(row)] = row
                 n += len(rows["object"])
@@ -194,26 +239,46 @@ def write_archive(members: dict[int, list[str]], encoder, codec, args, device: t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
     group.add_argument("--archive", required=True, help="folder to write")
-    group.add_argument("--skip_bad", action="store_true", help="leave out unreadable views and name them at the end")
+    group.add_argument(
+        "--skip_bad",
+        action="store_true",
+        help="leave out unreadable views and name them at the end",
+    )
     group = parser.add_argument_group("what is frozen")
     add_encoder_flags(group)
-    group.add_argument("--patch_dtype", choices=["fp16", "fp8"], default="fp16", help="patch features on disk")
-    group.add_argument("--pca", type=int, default=0, help="project patch features to this many channels; 0: do not")
-    group.add_argument("--pca_objects", type=int, default=512, help="training objects that the PCA is fitted on")
+    group.add_argument(
+        "--patch_dtype", choices=["fp16", "fp8"], default="fp16", help="patch features on disk"
+    )
+    group.add_argument(
+        "--pca", type=int, default=0, help="project patch features to this many channels; 0: do not"
+    )
+    group.add_argument(
+        "--pca_objects", type=int, default=512, help="training objects that the PCA is fitted on"
+    )
     group = parser.add_argument_group("system")
     group.add_argument("--batch_size", type=int, default=64, help="views a batch")
-    group.add_argument("--workers", type=int, default=4, help="processes that decode images, a rank")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU (3.4: 16 bits)")
+    group.add_argument(
+        "--workers", type=int, default=4, help="processes that decode images, a rank"
+    )
+    group.add_argument(
+        "--precision",
+        choices=["bf16", "fp16", "fp32"],
+        help="default: bf16 on a GPU (3.4: 16 bits)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--compile", action="store_true", help="torch.compile encoder and codec")
     args = parser.parse_args()
     require_positive(args, "batch_size", "image_size", "encoder_size", "pixels_factor")
 
-    device, rank, world = set_up(args)  # the ranks only wait: for what rank 0 settles, and at the end
+    device, rank, world = set_up(
+        args
+    )  # the ranks only wait: for what rank 0 settles, and at the end
     names = data.list_objects(args.data)
     train = data.split_objects(names, args.val_fraction, "train")
     held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (closing it would let go)
@@ -229,7 +294,9 @@ def main() -> None:
     # rank 0 settles what all share, and what no public file holds: random weights and the PCA
     frozen_file = Path(args.archive) / "frozen.safetensors"
     if not begun and list(Path(args.archive).glob("[0-9]*.safetensors")):
-        raise InputError(f"--archive {args.archive}: shards without their manifest.json; restore it, or delete them")
+        raise InputError(
+            f"--archive {args.archive}: shards without their manifest.json; restore it, or delete them"
+        )
     if rank == 0 and not begun:
         frozen_file.unlink(missing_ok=True)  # of an attempt with other flags
     if rank == 0 and not begun and (args.weights == "random" or args.pca):
@@ -237,14 +304,20 @@ def main() -> None:
         pca = None
         if args.pca:
             if not 0 < args.pca <= encoder.feature_dim:
-                raise InputError(f"--pca {args.pca}: the layers have {encoder.feature_dim} channels")
+                raise InputError(
+                    f"--pca {args.pca}: the layers have {encoder.feature_dim} channels"
+                )
             picked = np.random.default_rng(0).permutation(len(train))[: args.pca_objects]
-            pca = fit_pca(load_views({0: [train[i] for i in picked]}, args, []), encoder, codec, args, device)
+            pca = fit_pca(
+                load_views({0: [train[i] for i in picked]}, args, []), encoder, codec, args, device
+            )
         tensors = pretrained.own_tensors(encoder, pca)
         write_atomically(frozen_file, lambda path: save_file(tensors, path))
     if world > 1:
         dist.barrier()
-    encoder, codec = open_frozen(args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {})
+    encoder, codec = open_frozen(
+        args, device, pretrained.read_tensors(frozen_file) if frozen_file.exists() else {}
+    )
     if rank == 0:
         some = names[:256]
         views = sum(len(find_views(name, args, [])) for name in some) / len(some)
@@ -255,7 +328,9 @@ def main() -> None:
         if members and args.layers and (args.pca or args.patch_dtype == "fp8"):
             for batch in itertools.islice(load_views({0: (train or names)[:8]}, args, []), 1):
                 error = storage_error(batch["image"], encoder, args, device)
-                print(f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error")
+                print(
+                    f"{args.patch_dtype} patch features, PCA {args.pca}: {error:.2%} relative root mean square error"
+                )
     if world > 1:
         dist.barrier()
 

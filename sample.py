@@ -48,7 +48,12 @@ def ddim_step(x0, eps, alpha_bar, alpha_bar_next, eta: float, noise) -> Tensor:
 
     Its alpha is the cumulative product alpha_bar; sigma is eta times the posterior's standard deviation.
     """
-    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).clamp(min=0).sqrt()
+    sigma = (
+        eta
+        * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
+        .clamp(min=0)
+        .sqrt()
+    )
     direction = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * eps
     return alpha_bar_next.sqrt() * x0 + direction + sigma * noise
 
@@ -58,7 +63,9 @@ def dpm_step(x_t, x0, last_x0, alpha_bars) -> Tensor:
 
     alpha_bars: of the previous step (None at the first, which is of first order), of this one, and of the next.
     """
-    previous, here, there = (None if ab is None else 0.5 * (ab / (1 - ab)).log() for ab in alpha_bars)  # log SNR / 2
+    previous, here, there = (
+        None if ab is None else 0.5 * (ab / (1 - ab)).log() for ab in alpha_bars
+    )  # log SNR / 2
     h = there - here  # infinite at the first step of a schedule that ends at zero SNR
     if last_x0 is not None:
         x0 = x0 + 0.5 * h / (here - previous) * (x0 - last_x0)
@@ -73,7 +80,9 @@ def guided_prediction(model: NovelViewModel, x_t: Tensor, t: Tensor, condition: 
     else:
         twice = {key: torch.cat([value, value]) for key, value in condition.items()}
         keep = torch.arange(2 * len(t), device=t.device) < len(t)
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), twice, keep_context=keep, keep_latent=keep)
+        output = model(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), twice, keep_context=keep, keep_latent=keep
+        )
         conditional, null = output.float().chunk(2)
         output = null + scale * (conditional - null)
     return predicted_x0_eps(output, x_t, t, model.alpha_bar, model.prediction)
@@ -83,8 +92,13 @@ def draw_condition(conditions: list[dict], generators: list[torch.Generator]) ->
     """Stochastic conditioning (Watson et al. 2022, 3DiM, section 2.2): each sample draws a view, each step."""
     if len(conditions) == 1:
         return conditions[0]
-    drawn = [int(torch.randint(len(conditions), (), generator=generator)) for generator in generators]
-    return {key: torch.stack([conditions[j][key][b] for b, j in enumerate(drawn)]) for key in conditions[0]}
+    drawn = [
+        int(torch.randint(len(conditions), (), generator=generator)) for generator in generators
+    ]
+    return {
+        key: torch.stack([conditions[j][key][b] for b, j in enumerate(drawn)])
+        for key in conditions[0]
+    }
 
 
 @torch.no_grad()
@@ -106,10 +120,14 @@ def ddim(
     eta; on_step(i, x0) is called with each step's predicted x0.
     """
     device, shape = conditions[0]["latent"].device, conditions[0]["latent"].shape[1:]
-    choosers = [torch.Generator().manual_seed(g.initial_seed() + 1) for g in generators]  # lest draws shift the noise
+    choosers = [
+        torch.Generator().manual_seed(g.initial_seed() + 1) for g in generators
+    ]  # lest draws shift the noise
 
     def noise() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        return torch.stack(
+            [torch.randn(shape, generator=generator) for generator in generators]
+        ).to(device)
 
     timesteps = ddim_timesteps(steps)
     alpha_bars = [None, *model.alpha_bar[timesteps]]
@@ -167,10 +185,24 @@ def move_between(a: Tensor, b: Tensor) -> Tensor:
 
 def add_sampler_flags(group) -> None:
     """Flags shared by sample.py, evaluate.py and tools/."""
-    group.add_argument("--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta")
-    group.add_argument("--steps", type=int, default=50, help="sampling steps (figure 1: 200; Zero-1-to-3's demo: 75)")
-    group.add_argument("--eta", type=float, default=1.0, help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)")
-    group.add_argument("--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)")
+    group.add_argument(
+        "--sampler", choices=["ddim", "dpm"], default="ddim", help="dpm: DPM-Solver++(2M), no eta"
+    )
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        help="sampling steps (figure 1: 200; Zero-1-to-3's demo: 75)",
+    )
+    group.add_argument(
+        "--eta",
+        type=float,
+        default=1.0,
+        help="DDIM's stochasticity, 0 to 1 (Zero-1-to-3's demo: 1)",
+    )
+    group.add_argument(
+        "--scale", type=float, default=3.0, help="guidance, 1 for none (Zero-1-to-3's demo: 3)"
+    )
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -189,34 +221,65 @@ def sampler_flags(args: argparse.Namespace) -> dict:
 
 def add_checkpoint_flags(group, nargs: str | None = None) -> None:
     """Flags that open a checkpoint (or several, by nargs), shared by sample.py, evaluate.py and tools/."""
-    group.add_argument("--ckpt", required=True, nargs=nargs, help="a run, a step folder, or a weights file")
-    group.add_argument("--encoder_weights", help="the image encoder's weights, where the checkpoint's are elsewhere")
+    group.add_argument(
+        "--ckpt", required=True, nargs=nargs, help="a run, a step folder, or a weights file"
+    )
+    group.add_argument(
+        "--encoder_weights",
+        help="the image encoder's weights, where the checkpoint's are elsewhere",
+    )
     group.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, else fp32")
+    group.add_argument(
+        "--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, else fp32"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
+    )
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group)
     group = parser.add_argument_group("views")
     group.add_argument("--image", required=True, help="an image, or a folder of images")
     group.add_argument("--crop", action=argparse.BooleanOptionalAction, default=True, help="frame the object as "
                        "Zero-1-to-3 does; --no-crop for renders framed as in training")  # fmt: skip
-    group.add_argument("--azimuth", type=float, nargs="+", default=[0.0], help="degrees, counter-clockwise from above")
+    group.add_argument(
+        "--azimuth",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="degrees, counter-clockwise from above",
+    )
     group.add_argument("--elevation", type=float, nargs="+", default=[0.0], help="degrees, upwards")
-    group.add_argument("--distance", type=float, nargs="+", default=[0.0], help="change (training is at 1.5 to 2.2)")
-    group.add_argument("--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth")
+    group.add_argument(
+        "--distance",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="change (training is at 1.5 to 2.2)",
+    )
+    group.add_argument(
+        "--orbit", type=int, default=0, help="views evenly around the object instead of --azimuth"
+    )
     group = parser.add_argument_group("sampler (the paper names none of its settings)")
     add_sampler_flags(group)
     group.add_argument("--stochastic_conditioning", action="store_true", help="for consistency: one view at a time, "
                        "each step conditioned on the input or an earlier view, drawn at random")  # fmt: skip
-    group.add_argument("--shared_noise", action="store_true", help="the same noise for all views of an image")
+    group.add_argument(
+        "--shared_noise", action="store_true", help="the same noise for all views of an image"
+    )
     group.add_argument("--batch_size", type=int, default=16, help="views at a time")
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="out/samples", help="folder to write")
-    group.add_argument("--save_x0", type=int, default=0, metavar="N", help="predicted x0 to save (figure 1), in x0.npz")
+    group.add_argument(
+        "--save_x0",
+        type=int,
+        default=0,
+        metavar="N",
+        help="predicted x0 to save (figure 1), in x0.npz",
+    )
     args = parser.parse_args()
     check_sampler_flags(args)
     if args.orbit:
@@ -226,7 +289,9 @@ def main() -> None:
     device, _, _ = set_up(args)
     size = image_size(args.ckpt)
     images = [load_photo(path, size, args.crop) for path in paths]  # before what takes long
-    model, encoder, codec, _ = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
+    model, encoder, codec, _ = pretrained.load_checkpoint(
+        args.ckpt, device, args.encoder_weights, args.vae
+    )
     saved = {i: ddim_timesteps(args.steps)[i] for i in saved_steps(args.steps, args.save_x0)}
     batches = -(-len(poses) // (1 if args.stochastic_conditioning else args.batch_size))
     with tqdm(total=len(paths) * args.steps * batches, unit="step") as bar:
@@ -241,8 +306,17 @@ def main() -> None:
 
             views = sample_views(image, poses, model, encoder, codec, args, on_step)
             labels = args.azimuth if len(args.azimuth) == len(views) else range(len(views))
-            write_views(Path(args.out) / path.stem, image, views, [f"{label:.0f}" for label in labels], trajectory)
-    print(f"{len(paths) * len(poses)} view(s) in {args.out}/" + (f"{paths[0].stem}/" if len(paths) == 1 else ""))
+            write_views(
+                Path(args.out) / path.stem,
+                image,
+                views,
+                [f"{label:.0f}" for label in labels],
+                trajectory,
+            )
+    print(
+        f"{len(paths) * len(poses)} view(s) in {args.out}/"
+        + (f"{paths[0].stem}/" if len(paths) == 1 else "")
+    )
 
 
 def saved_steps(steps: int, n: int) -> list[int]:
@@ -258,15 +332,28 @@ def sample_views(image: Tensor, poses: Tensor, model, encoder, codec, args, on_s
     device = next(model.parameters()).device
     poses, stochastic = poses.to(device), args.stochastic_conditioning
     size, views = 1 if stochastic else args.batch_size, []
-    seen = [(condition_on(image[None].to(device), encoder, codec), torch.tensor([0.0, 0, 1, 0], device=device))]
+    seen = [
+        (
+            condition_on(image[None].to(device), encoder, codec),
+            torch.tensor([0.0, 0, 1, 0], device=device),
+        )
+    ]
     for first in range(0, len(poses), size):
         target = poses[first : first + size]
         conditions = []
         for shown, move in seen:
-            rows = {key: value.expand(len(target), *value.shape[1:]) for key, value in shown.items()}
+            rows = {
+                key: value.expand(len(target), *value.shape[1:]) for key, value in shown.items()
+            }
             conditions.append(rows | {"pose": move_between(move, target)})
-        generators = [seeded(args.seed, 0 if args.shared_noise else first + i) for i in range(len(target))]
-        views.append(decode(ddim(model, conditions, generators, on_step=on_step, **sampler_flags(args)), codec))
+        generators = [
+            seeded(args.seed, 0 if args.shared_noise else first + i) for i in range(len(target))
+        ]
+        views.append(
+            decode(
+                ddim(model, conditions, generators, on_step=on_step, **sampler_flags(args)), codec
+            )
+        )
         if stochastic:
             seen.append((condition_on(views[-1], encoder, codec), target[0]))
     return torch.cat(views).cpu()

@@ -29,16 +29,22 @@ def read_manifest(root: str) -> dict:
         manifest = json.loads(path.read_text())
         version, names = manifest["format"], manifest["objects"]
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is --archive a folder that precompute_dino.py wrote?") from None
+        raise InputError(
+            f"{path}: no such file; is --archive a folder that precompute_dino.py wrote?"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not an archive's manifest ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{path}: not an archive's manifest ({type(error).__name__}: {error})"
+        ) from None
     if version != ARCHIVE_FORMAT:
         raise InputError(f"{path}: archive format {version}, this code reads {ARCHIVE_FORMAT}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: malformed metadata, objects")
     crc = json_checksum({key: value for key, value in manifest.items() if key != "crc32"})
     if manifest.pop("crc32", crc) != crc:
-        raise InputError(f"{path}: damaged, its checksum does not match (edited by hand? then take crc32 out)")
+        raise InputError(
+            f"{path}: damaged, its checksum does not match (edited by hand? then take crc32 out)"
+        )
     check_specs(path, manifest)
     return manifest
 
@@ -61,7 +67,9 @@ def list_id(names: list[str]) -> str:
 
 def checksum(key: str, tensor: Tensor) -> int:
     """CRC-32 of a tensor, with its name and type: safetensors has none."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode()))
+    return zlib.crc32(
+        tensor.contiguous().view(torch.uint8).numpy(), zlib.crc32(f"{key} {tensor.dtype}".encode())
+    )
 
 
 def shard_path(root: str, shard: int) -> Path:
@@ -74,11 +82,15 @@ def open_shard(path: Path):
         handle = safe_open(path, framework="pt")
         if missing := {"view_offset", "crc32", *ROW_KEYS} - {"patch"} - set(handle.keys()):
             raise InputError(f"{path}: not an archive shard (no {', '.join(sorted(missing))})")
-        if (handle.metadata() or {}).get("crc32") != str([checksum(k, handle.get_tensor(k)) for k in TABLES]):
+        if (handle.metadata() or {}).get("crc32") != str(
+            [checksum(k, handle.get_tensor(k)) for k in TABLES]
+        ):
             raise SafetensorError("its checksum does not match")
         return handle
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: unreadable shard ({error}); delete it and rerun precompute_dino.py") from None
+        raise InputError(
+            f"{path}: unreadable shard ({error}); delete it and rerun precompute_dino.py"
+        ) from None
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -101,10 +113,14 @@ def check_manifest(args, manifest: dict) -> bool:
         if there.get("flags", {}).get(flag) != value:
             raise InputError(f"--{flag} {value}: {path} says {there.get('flags', {}).get(flag)}")
     if there["objects"] != manifest["objects"]:
-        raise InputError(f"--data {args.data}: its objects are not the {len(there['objects'])} that {path} lists")
+        raise InputError(
+            f"--data {args.data}: its objects are not the {len(there['objects'])} that {path} lists"
+        )
     for key, flag in (("encoder", "--weights"), ("codec", "--vae")):
         if key in manifest and there[key]["sha256"] != manifest[key]["sha256"]:
-            raise InputError(f"{flag}: not the weights that {path} was written with (sha256 differs)")
+            raise InputError(
+                f"{flag}: not the weights that {path} was written with (sha256 differs)"
+            )
     return True
 
 
@@ -117,4 +133,6 @@ def check_space(args, objects: int, views: float, encoder, codec) -> None:
     what = f"{objects} objects x {views:.1f} views x {size:,} bytes"
     print(f"{what} = {need / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free")
     if need > free:
-        raise InputError(f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
+        raise InputError(
+            f"--archive {args.archive}: {need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free"
+        )

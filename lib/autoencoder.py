@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.cli import InputError
-from lib.formats import count, one_line
+from lib.cli import InputError, one_line
+from lib.formats import count
 
 
 class VAEBlock(nn.Module):
@@ -13,7 +13,10 @@ class VAEBlock(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm1, self.conv1 = (
+            nn.GroupNorm(32, width, eps=1e-6),
+            nn.Conv2d(width, out, 3, padding=1),
+        )
         self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
 
@@ -32,7 +35,9 @@ class VAEAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, HW, c)
+        q, k, v = (
+            conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)
+        )  # (B, 1, HW, c)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # (B, c, HW)
         return x + self.proj_out(h.reshape(x.shape))
 
@@ -42,16 +47,25 @@ class VAEResample(nn.Module):
 
     def __init__(self, width: int, down: bool):
         super().__init__()
-        self.down, self.conv = down, nn.Conv2d(width, width, 3, **({"stride": 2} if down else {"padding": 1}))
+        self.down, self.conv = (
+            down,
+            nn.Conv2d(width, width, 3, **({"stride": 2} if down else {"padding": 1})),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+            if self.down
+            else F.interpolate(x, scale_factor=2, mode="nearest")
+        )
 
 
 class VAEHalf(nn.Module):
     """The autoencoder's encoder (down) or decoder, which is the encoder in reverse: levels of the given widths."""
 
-    def __init__(self, channels: int, width: int, widths: list[int], blocks: int, out: int, down: bool):
+    def __init__(
+        self, channels: int, width: int, widths: list[int], blocks: int, out: int, down: bool
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         middle, name = widths[-1] if down else width, "down" if down else "up"
@@ -66,9 +80,14 @@ class VAEHalf(nn.Module):
                 level[f"{name}sample"] = VAEResample(width, down)
                 layers += [level[f"{name}sample"]]
             levels.append(nn.ModuleDict(level))
-        setattr(self, name, levels if down else levels[::-1])  # up.0 is the finest level, and runs last
+        setattr(
+            self, name, levels if down else levels[::-1]
+        )  # up.0 is the finest level, and runs last
         self.order = (*layers, *self.mid.values()) if down else (*self.mid.values(), *layers)
-        self.norm_out, self.conv_out = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            nn.GroupNorm(32, width, eps=1e-6),
+            nn.Conv2d(width, out, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -86,12 +105,16 @@ class AutoencoderKL(nn.Module):
 
     name, scale, source = "sd", 0.18215, None
 
-    def __init__(self, ch: int = 128, ch_mult=(1, 2, 4, 4), num_res_blocks: int = 2, z_channels: int = 4):
+    def __init__(
+        self, ch: int = 128, ch_mult=(1, 2, 4, 4), num_res_blocks: int = 2, z_channels: int = 4
+    ):
         super().__init__()
         self.channels, self.factor = z_channels, 2 ** (len(ch_mult) - 1)
         widths = [ch * mult for mult in ch_mult]
         self.encoder = VAEHalf(3, ch, widths, num_res_blocks, 2 * z_channels, down=True)
-        self.decoder = VAEHalf(z_channels, widths[-1], widths[::-1], num_res_blocks + 1, 3, down=False)
+        self.decoder = VAEHalf(
+            z_channels, widths[-1], widths[::-1], num_res_blocks + 1, 3, down=False
+        )
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
@@ -105,14 +128,29 @@ class AutoencoderKL(nn.Module):
 
 def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
     """The autoencoder under `first_stage_model.`, frozen, in float32; its shape follows from the tensors."""
-    given = {k.removeprefix("first_stage_model."): v for k, v in weights.items() if k.startswith("first_stage_model.")}
-    levels, blocks = count(given, r"encoder\.down\.(\d+)"), count(given, r"encoder\.down\.0\.block\.(\d+)")
+    given = {
+        k.removeprefix("first_stage_model."): v
+        for k, v in weights.items()
+        if k.startswith("first_stage_model.")
+    }
+    levels, blocks = (
+        count(given, r"encoder\.down\.(\d+)"),
+        count(given, r"encoder\.down\.0\.block\.(\d+)"),
+    )
     try:
         ch, z_channels = len(given["encoder.conv_in.weight"]), len(given["post_quant_conv.weight"])
         mult = [len(given[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)]
         with torch.device("meta"):
             codec = AutoencoderKL(ch, mult, blocks, z_channels)
         codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
-    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:  # missing, or of another shape
-        raise InputError(f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})") from None
+    except (
+        KeyError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        ZeroDivisionError,
+    ) as error:  # missing, or of another shape
+        raise InputError(
+            f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})"
+        ) from None
     return codec.eval().requires_grad_(False)

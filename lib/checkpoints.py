@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib.cli import InputError, check_specs
+from lib.cli import InputError, check_specs, one_line
 from lib.files import flush, write_atomically
-from lib.formats import find_weights, one_line, read_tensors
+from lib.formats import find_weights, read_tensors
 
 # ------------------------------------------------------------------------------------------------- model.safetensors
 
@@ -31,7 +31,9 @@ def save_model(path: Path, model: nn.Module, meta: dict, tensors: dict[str, Tens
 
     meta: "encoder" and "codec" specs, "image_size", "val_fraction", "step", "args" of training, ...
     """
-    tensors = {name: value.float().contiguous() for name, value in model.state_dict().items()} | tensors
+    tensors = {
+        name: value.float().contiguous() for name, value in model.state_dict().items()
+    } | tensors
     meta = {"format": CHECKPOINT_FORMAT, "model": model.args} | meta
     meta |= {"sha256": checksum(meta, tensors)}
     save_file(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
@@ -95,7 +97,17 @@ def image_size(path: str) -> int:
 # ---------------------------------------------------------------------------------------------------------- state.pt
 
 STATE_FORMAT = 1
-FIXED = ("width", "channel_mult", "res_blocks", "attention", "heads", "context_dim", "amalgamate", "prediction", "seed")
+FIXED = (
+    "width",
+    "channel_mult",
+    "res_blocks",
+    "attention",
+    "heads",
+    "context_dim",
+    "amalgamate",
+    "prediction",
+    "seed",
+)
 FIXED += ("frozen",)
 STEP = "step_" + 7 * "[0-9]"
 
@@ -115,11 +127,19 @@ def save_checkpoint(out: Path, state: dict, ema: nn.Module, frozen: dict, args) 
         shutil.rmtree(folder, ignore_errors=True)  # an unreadable one, passed over when resuming
         os.rename(temporary, folder)
         flush(out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save makes a RuntimeError of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: could not be written ({error}); older checkpoints are intact") from None
+        raise InputError(
+            f"{folder}: could not be written ({error}); older checkpoints are intact"
+        ) from None
     point_at(folder)
-    older = [old for old in sorted(out.glob(STEP)) if old <= folder]  # newer ones are unreadable: passed over
+    older = [
+        old for old in sorted(out.glob(STEP)) if old <= folder
+    ]  # newer ones are unreadable: passed over
     for old in older[: -args.keep]:
         if not (args.keep_every and int(old.name[5:]) % args.keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)
@@ -138,12 +158,18 @@ def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
     folders = sorted(out.glob(STEP), reverse=True)
     for folder in folders:
         try:
-            if damaged := zipfile.ZipFile(folder / "state.pt").testzip():  # torch.load compares no checksums
+            if damaged := zipfile.ZipFile(
+                folder / "state.pt"
+            ).testzip():  # torch.load compares no checksums
                 raise ValueError(f"{damaged} does not match its checksum")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             form, weights = state["format"], read_checkpoint(folder / "model.safetensors")[1]
         except Exception as error:  # whatever a torn file makes of torch.load
-            why = error if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:100]}"
+            why = (
+                error
+                if isinstance(error, InputError)
+                else f"{type(error).__name__}: {str(error)[:100]}"
+            )
             print(f"{folder}: unreadable ({why}); trying the one before it", file=sys.stderr)
             continue
         if form != STATE_FORMAT:
@@ -154,7 +180,9 @@ def newest_checkpoint(out: Path) -> tuple[dict, dict] | None:
     return None
 
 
-def restore(resumed: tuple[dict, dict], args, facts: dict, rank: int, model, ema, optimizer, scaler) -> dict:
+def restore(
+    resumed: tuple[dict, dict], args, facts: dict, rank: int, model, ema, optimizer, scaler
+) -> dict:
     """Fill all four from `newest_checkpoint`'s, hold its flags against these (`match_flags`), and return its state."""
     state, weights = resumed
     changed = match_flags(args, facts, state["args"])
@@ -173,11 +201,17 @@ def restore(resumed: tuple[dict, dict], args, facts: dict, rank: int, model, ema
 
 def match_flags(args, facts: dict, saved: dict) -> list[str]:
     """Hold flags and facts against those of the checkpoint: recompute accumulation, return what changed, in words."""
-    changed = {k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v}
+    changed = {
+        k: (saved[k], v) for k, v in (vars(args) | facts).items() if k in saved and saved[k] != v
+    }
     if "frozen" in changed or "encoder_pixels" in changed:
-        raise InputError(f"--archive or --data: {args.out} was started with another encoder, codec or image size")
+        raise InputError(
+            f"--archive or --data: {args.out} was started with another encoder, codec or image size"
+        )
     if refused := [k for k in changed if k in FIXED]:
-        raise InputError(f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change")
+        raise InputError(
+            f"--{refused[0]}: {args.out} was started with {changed[refused[0]][0]}; it can't change"
+        )
     world, global_batch = facts["processes"], saved["global_batch"]
     if global_batch % (args.batch_size * world):
         raise InputError(f"--batch_size {args.batch_size} on {world} process(es) does not divide the run's "
@@ -185,7 +219,13 @@ def match_flags(args, facts: dict, saved: dict) -> list[str]:
     flag, args.accumulate = args.accumulate, global_batch // (args.batch_size * world)
     changed.pop("accumulate", None)
     if args.accumulate != flag:
-        changed["accumulate"] = (flag, f"{args.accumulate}, which keeps the global batch of {global_batch}")
+        changed["accumulate"] = (
+            flag,
+            f"{args.accumulate}, which keeps the global batch of {global_batch}",
+        )
     if "init" in changed:
-        changed["init"] = (changed["init"][0], f"{args.init}, not read: the checkpoint's weights go on")
+        changed["init"] = (
+            changed["init"][0],
+            f"{args.init}, not read: the checkpoint's weights go on",
+        )
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]

@@ -1,8 +1,10 @@
-"""What all scripts share: errors in one line, help with defaults, device and ranks, checks of flags and metadata."""
+"""What every script's command line shares: errors in one line, checked flags, help with defaults, presets."""
 
 import argparse
 import contextlib
+import math
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,63 +14,164 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong: one line that names the file or the flag."""
+    """Something that the user gave is wrong. The message is one line that names the file or the flag."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, at most 160 characters."""
+    return " ".join(str(error).split())[:160]
 
 
 @contextlib.contextmanager
 def hint(text: str):
-    """Adds the text to an InputError from within."""
+    """Adds the text to the message of an InputError that is raised inside the block."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{error}{text}") from None
 
 
-def run_script(main):
-    """Calls `main()`: an InputError (a DataLoader worker's too), a full GPU and a dead worker become one line and exit
-    code 1, Ctrl-C code 130."""
+# ------------------------------------------------------------------------------------------- flags
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with defaults in the help, presets, and errors in one line.
+
+    doc: a module's docstring, of which the first line becomes the description.
+    A preset is a text file of flags, one flag and its values a line, given as `@presets/small.txt`;
+    what stands behind it on the command line overrides it. Lines may hold `#` comments.
+    """
+
+    def __init__(self, doc: str | None = None, **options):
+        options.setdefault("description", doc.strip().splitlines()[0] if doc else None)
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(fromfile_prefix_chars="@", **options)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        """Raises InputError: `argument --lr: -1: must be above 0` becomes `--lr -1: must be above 0`."""
+        message = re.sub(r"^argument ([^\s:]+): ", r"\1 ", message)
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with the flag's default, where it has one worth telling."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default == [] or default is argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _number(text: str, kind: type, accepts, rule: str):
+    """The text as a number of this kind. Raises argparse's error where `accepts` says no to it."""
+    try:
+        value = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: not {what}") from None
+    if not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, lambda n: n > 0, "above 0")
+
+
+def nonnegative_int(text: str) -> int:
+    return _number(text, int, lambda n: n >= 0, "0 or above")
+
+
+def seed(text: str) -> int:
+    return _number(text, int, lambda n: 0 <= n < 2**63, "from 0 to 2^63 - 1")
+
+
+def finite_float(text: str) -> float:
+    return _number(text, float, math.isfinite, "finite")
+
+
+def positive_float(text: str) -> float:
+    """Above 0, and possibly infinite: `--clip inf`."""
+    return _number(text, float, lambda x: x > 0, "above 0")
+
+
+def positive_finite_float(text: str) -> float:
+    return _number(text, float, lambda x: 0 < x < math.inf, "above 0 and finite")
+
+
+def nonnegative_float(text: str) -> float:
+    return _number(text, float, lambda x: 0 <= x < math.inf, "0 or above, and finite")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, lambda x: 0 <= x <= 1, "from 0 to 1")
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def run_script(main) -> None:
+    """Calls `main()`. What a user can cause becomes one line on standard error and exit code 1.
+
+    That is an InputError (a data worker's, too), a GPU whose memory is too small, and a data worker
+    that died. Ctrl-C gives exit code 130. Any other error is a bug and keeps its traceback.
+    """
     try:
         main()
     except InputError as error:
-        # A DataLoader re-raises its worker's error with the traceback as the message: the last line is the message.
-        message = str(error).strip().splitlines()[-1] if str(error).strip() else "invalid input"
-        end_bars()
-        sys.exit("error: " + re.sub(r"^[\w.]*InputError: ", "", message))
+        # A DataLoader raises its worker's error again, with the worker's traceback as the message.
+        lines = str(error).strip().splitlines() or ["invalid input"]
+        stop_with(re.sub(r"^[\w.]*InputError: ", "", lines[-1]))
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if out_of_memory(error):
-            end_bars()
-            tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows are advice and numbers, a paragraph
-            less = "a smaller --batch_size takes less (train.py: with more --accumulate), or --checkpointing"
-            sys.exit(f"error: {tried}; {less}")
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        message = explain(error)
+        if message is None:
             raise
-        end_bars()  # what a dead worker had still to hand over is a connection error
-        what = str(error).splitlines()[0] if isinstance(error, RuntimeError) else f"DataLoader worker died ({error!r})"
-        sys.exit(f"error: {what}; was it killed, for want of memory say? Rerun to go on")
+        stop_with(message)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory was too small; cuBLAS and cuDNN have words of their own for that."""
-    theirs = "STATUS_ALLOC_FAILED", "unable to find an engine to execute"
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in theirs)
+def stop_with(message: str) -> None:
+    """Exits with the message, on a line of its own, and code 1."""
+    end_progress_bars()
+    sys.exit(f"error: {message}")
 
 
-def end_bars() -> None:
-    """Close progress bars, so that what is printed next has a line of its own."""
+def explain(error: Exception) -> str | None:
+    """One line on a full GPU or a dead data worker; None for any other error."""
+    if out_of_memory(error):
+        tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows is a paragraph of advice
+        return (
+            f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate), "
+            "or --checkpointing"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise once more
+    what = str(error).splitlines()[0] if isinstance(error, RuntimeError) else repr(error)
+    return f"a DataLoader worker died ({what}); was it killed, for lack of memory? Rerun to go on"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory was too small. cuBLAS and cuDNN have their own words for it."""
+    theirs = ("STATUS_ALLOC_FAILED", "unable to find an engine to execute")
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in theirs)
+
+
+def end_progress_bars() -> None:
+    """Closes tqdm's bars, so that what is printed next starts on a new line."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with each flag's default, where it has one."""
-
-    def _get_help_string(self, action):
-        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == []
-        return action.help if silent else super()._get_help_string(action)
+# ---- until every script uses the types above
 
 
 def require_positive(args: argparse.Namespace, *flags: str) -> None:
@@ -102,9 +205,17 @@ def check_specs(path: Path, meta: dict) -> None:
             value = spec.get(key) if isinstance(spec, dict) else None
             ok = type(value) is kind or (kind is float and type(value) is int)
             if ok and kind in (int, float):
-                ok = (kind is int and key != "feature_dim") <= value <= (4096 if "size" in key else 2**20)
+                ok = (
+                    (kind is int and key != "feature_dim")
+                    <= value
+                    <= (4096 if "size" in key else 2**20)
+                )
             if not ok or (kind is list and any(type(each) is not int for each in value)):
-                raise InputError(f"{path}: malformed metadata, {f'{part} {key}'.strip()} {str(value)[:50]!r}")
+                raise InputError(
+                    f"{path}: malformed metadata, {f'{part} {key}'.strip()} {str(value)[:50]!r}"
+                )
     codec = meta["codec"]
-    if meta["image_size"] % codec["factor"] or not isinstance(codec.get("source"), (str, type(None))):
+    if meta["image_size"] % codec["factor"] or not isinstance(
+        codec.get("source"), (str, type(None))
+    ):
         raise InputError(f"{path}: malformed metadata, codec {str(codec)[:200]}")

@@ -1,6 +1,8 @@
-"""Device and ranks: which GPU is ours, and what the processes of a job agree on."""
+"""Device and ranks: which GPU is ours, and what the processes of one job agree on.
 
-import argparse
+A rank is one of the processes that torchrun starts; the world size is their number.
+"""
+
 import copy
 import os
 import resource
@@ -8,16 +10,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from lib.cli import InputError
 
 
-def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.device, int, int]:
-    """(device, rank, world size) by --device and torchrun, whose process group is joined; --precision's default, TF32.
+def open_device(name: str, precision: str | None) -> tuple[torch.device, str]:
+    """The device and the precision that --device and --precision ask for; sets TF32 accordingly.
 
-    "auto" is this process's GPU where there is one. Raises InputError naming --device.
+    name: "auto" is this process's GPU where there is one, else the CPU. precision: bf16, fp16, fp32
+    or None, which is bf16 on a GPU and fp32 on a CPU. Raises InputError naming --device.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -25,39 +30,97 @@ def set_up(args: argparse.Namespace, backend: str = "gloo") -> tuple[torch.devic
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: cpu or cuda")
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise InputError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if precision is None:
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return device, precision
+
+
+def join_ranks(backend: str = "gloo") -> tuple[int, int]:
+    """(rank, world size). Joins torchrun's process group; without torchrun there is one rank."""
     if "RANK" not in os.environ:
-        return device, 0, 1
-    dist.init_process_group(backend, timeout=timedelta(days=2) if backend == "gloo" else None)
-    return device, dist.get_rank(), dist.get_world_size()
+        return 0, 1
+    # Over gloo ranks wait for hours while rank 0 works; NCCL keeps its own time limit.
+    timeout = timedelta(days=2) if backend == "gloo" else None
+    dist.init_process_group(backend, timeout=timeout)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_ranks(world: int) -> None:
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def wait_for_all(world: int) -> None:
+    """Returns once every rank has called it."""
+    if world > 1:
+        dist.barrier()
 
 
 def from_rank_0(value, world: int):
     """Rank 0's value, on every rank."""
+    if world == 1:
+        return value
     box = [value]
-    if world > 1:
-        dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box)
     return box[0]
 
 
-def agree(flag: bool, world: int) -> bool:
-    """Whether any rank's flag is set; over gloo, so that no GPU is waited for."""
+def gather_objects(value, world: int) -> list:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool, world: int) -> bool:
+    """Whether the flag is set on any rank. Over gloo, so that nobody waits for a GPU."""
     if world == 1:
         return flag
-    reduced = torch.tensor(int(flag))
-    dist.all_reduce(reduced, dist.ReduceOp.MAX)
-    return bool(reduced)
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
-def flops_per_sample(model: torch.nn.Module, condition: dict[str, torch.Tensor]) -> int:
-    """Forward and backward of one sample, counted on the plain graph; nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode  # here: it takes .2 s, and few scripts need it
+def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
+    """The sum of all ranks' tensors; the argument stays as it is."""
+    total = tensor.clone()
+    if world > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def check_alike(facts: dict, rank: int, world: int, where: str) -> None:
+    """Raises InputError where a rank finds other facts than rank 0: other files, or a growing archive.
+
+    facts: {what, in words: value}; where: the flags to look at.
+    """
+    theirs = from_rank_0(facts, world)
+    for what, value in facts.items():
+        if value != theirs[what]:
+            raise InputError(
+                f"{where}: rank {rank} finds {what} {value}, rank 0 {theirs[what]}; "
+                "is one being written?"
+            )
+
+
+def flops_per_sample(model: nn.Module, condition: dict[str, Tensor]) -> int:
+    """Forward and backward of one sample, counted on the "meta" device: nothing is computed.
+
+    condition: as NovelViewModel.forward takes it, of any batch size.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # here: this import takes 0.2 s
 
     shadow = copy.deepcopy(model).to("meta")
     one = {key: value[:1].to("meta", torch.float32) for key, value in condition.items()}
@@ -67,7 +130,16 @@ def flops_per_sample(model: torch.nn.Module, condition: dict[str, torch.Tensor])
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB, of the device or, on the CPU, of this process."""
+    """The peak so far in GB: of the GPU or, on the CPU, of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def set_up(args, backend: str = "gloo") -> tuple[torch.device, int, int]:
+    """Until every script calls the two itself."""
+    device, args.precision = open_device(args.device, args.precision)
+    return device, *join_ranks(backend)
+
+
+agree = any_rank

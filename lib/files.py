@@ -39,7 +39,11 @@ def write_atomically(path: Path, write) -> None:
         write(temporary)
         flush(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save makes a RuntimeError of a full disk
         raise InputError(f"{path}: could not be written ({error})") from None
     finally:
         with contextlib.suppress(OSError):
@@ -49,7 +53,9 @@ def write_atomically(path: Path, write) -> None:
 def check_writable(path: Path) -> None:
     """Raises InputError now rather than after hours, where a file can't be written; what it holds stays."""
     there = path.exists()
-    write_atomically(path, lambda temporary: temporary.write_bytes(path.read_bytes() if there else b""))
+    write_atomically(
+        path, lambda temporary: temporary.write_bytes(path.read_bytes() if there else b"")
+    )
     if not there:
         path.unlink()
 
@@ -84,7 +90,9 @@ def lock(folder: Path, flag: str):
             raise InputError(f"{flag} {folder}: another job is writing there") from None
         except OSError as error:
             print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
-        for stale in folder.iterdir():  # `write_atomically`'s, safetensors' own, `save_checkpoint`'s
+        for (
+            stale
+        ) in folder.iterdir():  # `write_atomically`'s, safetensors' own, `save_checkpoint`'s
             if stale.is_file() and re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", stale.name):
                 stale.unlink()
         if (folder / ".step.tmp").exists():
@@ -97,7 +105,9 @@ def lock(folder: Path, flag: str):
 def read_lines(path: str | Path) -> list[dict]:
     """The records of a .jsonl file, but for lines torn by a crash or still being written. Raises InputError."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+        return [
+            json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")
+        ]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: unreadable ({error})") from None
 

@@ -15,7 +15,14 @@ from lib.files import write_atomically
 
 MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content: PIL would run Ghostscript on an EPS
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # by content: PIL would run Ghostscript on an EPS
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -29,7 +36,9 @@ def open_image(path: str | Path) -> Image.Image:
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
-    raise InputError(f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)")
+    raise InputError(
+        f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)"
+    )
 
 
 def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
@@ -52,8 +61,12 @@ def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
 
     In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
     """
-    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)]
-    planes = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)
+    ]
+    planes = [
+        np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes
+    ]
     return torch.from_numpy(np.stack(planes)).clamp(0, 1)
 
 
@@ -74,11 +87,15 @@ def list_photos(path: str) -> list[Path]:
         raise InputError(f"--image {path}: no such file or folder")
     photos = [source]
     if source.is_dir():
-        photos = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+        photos = sorted(
+            p for p in source.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()
+        )
     if not photos:
         raise InputError(f"--image {path}: no {', '.join(IMAGE_EXTENSIONS)} in it")
     if len({photo.stem for photo in photos}) < len(photos):
-        raise InputError(f"--image {path}: two of its images share a name, and would share a folder of --out")
+        raise InputError(
+            f"--image {path}: two of its images share a name, and would share a folder of --out"
+        )
     return photos
 
 
@@ -93,14 +110,18 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     photo = open_image(path)
     if photo.mode == "I;16B":  # which PIL shrinks wrongly
         photo = Image.fromarray(np.asarray(photo).astype(np.uint16))
-    photo.thumbnail((2048, 2048), reducing_gap=None)  # a telephone's would take gigabytes; 16 bits have no reduce()
+    photo.thumbnail(
+        (2048, 2048), reducing_gap=None
+    )  # a telephone's would take gigabytes; 16 bits have no reduce()
     rgb, alpha = composite(photo)
     if not crop:
         return fit(rgb, 0, size)
     if alpha.min() == 1:
         alpha = off_plain_background(rgb)
         if alpha is None:
-            rgb, alpha = composite(remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path))
+            rgb, alpha = composite(
+                remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path)
+            )
         else:
             rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
     rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
@@ -119,7 +140,9 @@ def off_plain_background(rgb: np.ndarray) -> np.ndarray | None:
     if uneven > 0.06:
         return None
     differs = np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12)
-    company = Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))  # 5 of 5 x 5 differ
+    company = (
+        Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))
+    )  # 5 of 5 x 5 differ
     return (differs & (np.asarray(company) > 0)).astype(np.float32)
 
 
@@ -131,9 +154,13 @@ def remove_background(photo: Image.Image, path: Path) -> Image.Image:
         return rembg.remove(photo)
     except ImportError:
         why = "no alpha and no plain background, and no rembg to remove it"
-        raise InputError(f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop') from None
+        raise InputError(
+            f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop'
+        ) from None
     except Exception as error:  # its network's download fails in many ways
-        raise InputError(f"{path}: rembg could not remove the background ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{path}: rembg could not remove the background ({' '.join(str(error).split())})"
+        ) from None
 
 
 def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
@@ -156,10 +183,14 @@ def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -
     """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
     images = torch.stack([image.float().cpu() for row in rows for image in row])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = to_pil(F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84))
+    canvas = to_pil(
+        F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84)
+    )
     draw, width, font = ImageDraw.Draw(canvas), images.shape[3], ImageFont.load_default(11)
     for j, label in enumerate(labels):
-        draw.text((4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font)
+        draw.text(
+            (4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font
+        )
     return canvas
 
 
@@ -169,11 +200,15 @@ def save_picture(path: Path, picture: Image.Image, **options) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
 
 
-def write_views(folder: Path, image: Tensor, views: Tensor, labels: list[str], trajectory=None) -> None:
+def write_views(
+    folder: Path, image: Tensor, views: Tensor, labels: list[str], trajectory=None
+) -> None:
     """sample.py's output: input.png, %03d.png, grid.png, orbit.gif and, of a trajectory, x0.npz for `visualize.py
     trajectory`. image (3,H,W), views (N,3,H,W), trajectory {timestep: batches of its predicted x0}, noisiest first."""
     old = [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
-    ours = (folder / "input.png").exists() and (folder / "grid.png").exists()  # an earlier run's, to be cleared away
+    ours = (folder / "input.png").exists() and (
+        folder / "grid.png"
+    ).exists()  # an earlier run's, to be cleared away
     save_picture(folder / "input.png", to_pil(image))
     for path in old if ours else ():
         with contextlib.suppress(OSError):
@@ -183,9 +218,14 @@ def write_views(folder: Path, image: Tensor, views: Tensor, labels: list[str], t
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
     if len(views) > 1:
         first, *rest = (to_pil(view) for view in views)
-        save_picture(folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0)
+        save_picture(
+            folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0
+        )
     if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,)
-        x0 = [[np.asarray(to_pil(view)) for batch in batches for view in batch] for batches in trajectory.values()]
+        x0 = [
+            [np.asarray(to_pil(view)) for batch in batches for view in batch]
+            for batches in trajectory.values()
+        ]
         write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=list(trajectory)))
 
 

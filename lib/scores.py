@@ -13,7 +13,10 @@ LABELS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "ms
 # scores that differ in any of these don't compare: settings of the evaluation, and, in one sweep, of training
 ALIKE = "data files split protocol pairs image_size lpips_net lpips_sha256".split()
 ALIKE += "sampler steps eta scale seed samples precision".split()
-SWEPT = [f"train.{k}" for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")]
+SWEPT = [
+    f"train.{k}"
+    for k in ("archive", "init", "width", "amalgamate", "prediction", "steps", "global_batch", "lr")
+]
 WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="only lines of which this is so: evaluate.py's "
              "settings or, where it has none of the name, train.py's flags; train.KEY for the latter")  # fmt: skip
 
@@ -21,17 +24,28 @@ WHERE = dict(nargs="+", default=[], metavar="KEY=VALUE", help="only lines of whi
 def open_table(out: Path) -> dict[str, dict]:
     """{id: line} of evaluate.py's --out, which may not be there yet; makes OUT.pairs/. Raises InputError."""
     try:
-        lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
+        lines = (
+            {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
+            if out.exists()
+            else {}
+        )
         Path(f"{out}.pairs").mkdir(parents=True, exist_ok=True)
         return lines
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--out {out}: can't be written, or is another program's file ({error})") from None
+        raise InputError(
+            f"--out {out}: can't be written, or is another program's file ({error})"
+        ) from None
 
 
 def read_scores(args, alike: list[str], rows: tuple[str, ...] = ("samples",)) -> list[dict]:
     """--eval's lines on runs that fulfil --where, with training's flags as "train.*" and "samples_seen" by then.
     Raises InputError when they differ in one of the keys `alike`."""
-    lines = [s for path in args.eval for s in read_lines(path) if s.get("run_args") and s.get("row") in rows]
+    lines = [
+        s
+        for path in args.eval
+        for s in read_lines(path)
+        if s.get("run_args") and s.get("row") in rows
+    ]
     for line in lines:
         line |= {f"train.{key}": value for key, value in line["run_args"].items()}
         line["samples_seen"] = line["step"] * line["train.global_batch"]
@@ -39,7 +53,9 @@ def read_scores(args, alike: list[str], rows: tuple[str, ...] = ("samples",)) ->
         number = text
         with contextlib.suppress(ValueError):
             number = float(text)
-        lines = [s for s in lines if (v := s.get(key, s.get(f"train.{key}"))) == number or str(v) == text]
+        lines = [
+            s for s in lines if (v := s.get(key, s.get(f"train.{key}"))) == number or str(v) == text
+        ]
     check_alike(lines, alike)
     return lines
 
@@ -48,7 +64,9 @@ def check_alike(lines, keys: list[str]) -> None:
     """Raises InputError naming the first of the keys in which the lines of --eval differ, and how."""
     for key in keys:
         if len(found := sorted({json.dumps(line.get(key)) for line in lines})) > 1:
-            raise InputError(f"--eval: {key} {' and '.join(found)} don't compare; choose by --where")
+            raise InputError(
+                f"--eval: {key} {' and '.join(found)} don't compare; choose by --where"
+            )
 
 
 def read_curves(args) -> list[tuple]:
@@ -67,10 +85,14 @@ def read_curves(args) -> list[tuple]:
         lines = [s for s in scores if parts[-len(out := Path(s["train.out"]).parts) :] == out]
         lines, found[run] = lines if args.eval else read_lines(Path(run, "log.jsonl")), {}
         for metric in args.metric or usual:
-            points = {s["step"]: (s[at], s[metric]) for s in lines if type(s.get(metric)) in (int, float)}
+            points = {
+                s["step"]: (s[at], s[metric]) for s in lines if type(s.get(metric)) in (int, float)
+            }
             found[run] |= {metric: points} if points else {}
     there = [metric for metric in usual if all(metric in each for each in found.values())]
-    metrics = args.metric or there[: 1 if args.eval else 2] or usual[:1]  # two scores on one axis would flatten one
+    metrics = (
+        args.metric or there[: 1 if args.eval else 2] or usual[:1]
+    )  # two scores on one axis would flatten one
     for label, runs in labels:
         for metric in metrics:
             if lacking := [run for run in runs if metric not in found[run]]:
@@ -78,7 +100,9 @@ def read_curves(args) -> list[tuple]:
             points = [found[run][metric] for run in runs]  # {step: (x, y)} of each run
             if not (steps := sorted(set.intersection(*map(set, points)))):
                 raise InputError(f"--metric {metric}: {','.join(runs)} have it at no common step")
-            (x, y), (_, spread) = (v.T for v in mean_and_spread([[run[step] for step in steps] for run in points]))
+            (x, y), (_, spread) = (
+                v.T for v in mean_and_spread([[run[step] for step in steps] for run in points])
+            )
             curves.append((label, metric, len(runs), (x, y, spread)))
     return curves
 

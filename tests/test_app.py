@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import call
+from helpers import call
 from PIL import Image
 
 import pretrained
@@ -38,7 +38,9 @@ def photo(tree):
 def test_views_are_sample_pys(run, opened, photo, tmp_path, crop, orbit, changed):
     flags = FLAGS | changed | {"orbit": orbit}
     argv = [f"--{name}={value}" for name, value in flags.items() if not isinstance(value, bool)]
-    argv += ["--stochastic_conditioning"] * flags["stochastic_conditioning"] + ["--crop" if crop else "--no-crop"]
+    argv += ["--stochastic_conditioning"] * flags["stochastic_conditioning"] + [
+        "--crop" if crop else "--no-crop"
+    ]
     call(sample, "--ckpt", run, "--image", photo, "--out", tmp_path, "--device", "cpu", *argv)
     written = {path.name: path.read_bytes() for path in (tmp_path / "000").iterdir()}
 
@@ -50,7 +52,9 @@ def test_views_are_sample_pys(run, opened, photo, tmp_path, crop, orbit, changed
                 assert {name: archive.read(name) for name in archive.namelist()} == written
     n = orbit or 1
     batches = n if flags["stochastic_conditioning"] else -(-n // 16)
-    assert len(yields) == batches * min(flags["steps"], 10) + 1  # predicted x0 as it denoises, then the views
+    assert (
+        len(yields) == batches * min(flags["steps"], 10) + 1
+    )  # predicted x0 as it denoises, then the views
     assert [len(pictures) for pictures in yields] == sorted(len(pictures) for pictures in yields)
     assert not np.array_equal(*(np.asarray(pictures[0][0]) for pictures in yields[:2]))
     for i, (picture, caption) in enumerate(yields[-1]):
@@ -102,16 +106,38 @@ def test_the_page(run, photo, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio", reason="optional: tools/app-requirements.txt")
     pages = []
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: pages.append((page, options)))
-    call(app, "--ckpt", run, "--device", "cpu", "--steps", 3, "--scale", 1, "--seed", 5, "--sampler", "dpm")
+    monkeypatch.setattr(
+        gradio.Blocks, "launch", lambda page, **options: pages.append((page, options))
+    )
+    call(
+        app,
+        "--ckpt",
+        run,
+        "--device",
+        "cpu",
+        "--steps",
+        3,
+        "--scale",
+        1,
+        "--seed",
+        5,
+        "--sampler",
+        "dpm",
+    )
     (page, options), = pages  # fmt: skip
-    assert options["server_name"] == "127.0.0.1" and options["share"] is False and not page.analytics_enabled
+    assert (
+        options["server_name"] == "127.0.0.1"
+        and options["share"] is False
+        and not page.analytics_enabled
+    )
     preview, generate = [fn for fn in page.fns.values() if fn.fn]
     assert generate.concurrency_limit == 1 and generate.concurrency_id != preview.concurrency_id
     values = [component.value for component in generate.inputs]
     assert values[2:] == [0, 0, 0, 0, 3, 1, 5, "dpm", False]
     call(app, "--ckpt", run, "--device", "cpu", "--scale", 0)
-    scale = next(block for block in pages[1][0].blocks.values() if getattr(block, "label", "") == "Guidance")
+    scale = next(
+        block for block in pages[1][0].blocks.values() if getattr(block, "label", "") == "Guidance"
+    )
     assert scale.minimum <= scale.value == 0
     *_, (views, file) = generate.fn(photo, *values[1:])
     assert len(views) == 1 and file.endswith(".zip")

@@ -10,17 +10,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from helpers import assert_equal, call, output_and_gradients, small_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train
 from lib.cli import InputError
-from model import NovelViewModel, UNet
+from model import NovelViewModel
 from tools import bench
 
-QUICK = ["--size", "tiny", "--device", "cpu", "--micro_batches", 2, "--seconds", 0.05, "--workers", 0]
+QUICK = [
+    "--size",
+    "tiny",
+    "--device",
+    "cpu",
+    "--micro_batches",
+    2,
+    "--seconds",
+    0.05,
+    "--workers",
+    0,
+]
 
 
 def measured(capsys, out, name, *flags) -> list[dict]:
@@ -28,10 +39,17 @@ def measured(capsys, out, name, *flags) -> list[dict]:
     call(bench, name, *QUICK, "--out", out, *flags)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     table = capsys.readouterr().out.split(f"\n{name}: ")[1]
-    assert len([line for line in table.split("\n\n")[1].splitlines() if line.startswith("|")]) == 2 + len(records)
-    assert all(r["device"].startswith("CPU") and r["torch"] == torch.__version__ and r["shapes"] for r in records)
+    assert len(
+        [line for line in table.split("\n\n")[1].splitlines() if line.startswith("|")]
+    ) == 2 + len(records)
+    assert all(
+        r["device"].startswith("CPU") and r["torch"] == torch.__version__ and r["shapes"]
+        for r in records
+    )
     for r in records:  # rates are consistent with the time that passed
-        for unit in {"samples", "views"} & {key.removesuffix("_per_second") for key in r if key.endswith("_second")}:
+        for unit in {"samples", "views"} & {
+            key.removesuffix("_per_second") for key in r if key.endswith("_second")
+        }:
             assert r[f"{unit}_per_second"] == pytest.approx(r[unit] / r["seconds"]) and r[unit] > 0
     return records
 
@@ -47,29 +65,55 @@ def rows(tmp_path_factory):
 def test_every_row_of_train_is_measured_and_consistent(rows):
     assert list(rows) == ["ours", "reading", "diffusers", "zero123"]
     for r in rows.values():
-        assert r["status"] == "ok" and r["samples"] % 4 == 0  # whole steps of two micro-batches of two
+        assert (
+            r["status"] == "ok" and r["samples"] % 4 == 0
+        )  # whole steps of two micro-batches of two
         assert r["samples_per_second"] == pytest.approx(r["samples"] / r["seconds"])
         assert r["tflops"] == pytest.approx(r["samples_per_second"] * r["gflop_per_sample"] / 1e3)
         assert r["mfu"] == pytest.approx(r["tflops"] / r["matmul_tflops"]) and 0 < r["mfu"] < 1.5
-        assert r["ratio"] == pytest.approx(rows["ours"]["samples_per_second"] / r["samples_per_second"])
+        assert r["ratio"] == pytest.approx(
+            rows["ours"]["samples_per_second"] / r["samples_per_second"]
+        )
 
 
 def test_rows_do_the_same_work(rows):
     """Parameters are equal up to the amalgamation; FLOPs are those of a real forward and backward pass."""
-    size, spec = bench.SIZES["tiny"], {"cls_dim": 192, "feature_dim": rows["ours"]["feature_dim"], "tokens": 4}
+    size, spec = (
+        bench.SIZES["tiny"],
+        {"cls_dim": 192, "feature_dim": rows["ours"]["feature_dim"], "tokens": 4},
+    )
     amalgamation = spec["feature_dim"] * (32 + 32)  # both stages are entered with 32 channels
-    assert rows["ours"]["parameters"] - amalgamation == rows["diffusers"]["parameters"] == rows["zero123"]["parameters"]
+    assert (
+        rows["ours"]["parameters"] - amalgamation
+        == rows["diffusers"]["parameters"]
+        == rows["zero123"]["parameters"]
+    )
     for row in ("ours", "diffusers"):
         net = bench.make_model(size, torch.device("cpu"), spec, row)
-        condition = {"latent": torch.randn(2, 4, 4, 4), "cls": torch.randn(2, 192), "pose": torch.randn(2, 4)}
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own isn't counted
-            output = net(condition["latent"], torch.tensor([1, 900]), condition | {"patch": torch.randn(2, 4, 64)})
+        condition = {
+            "latent": torch.randn(2, 4, 4, 4),
+            "cls": torch.randn(2, 192),
+            "pose": torch.randn(2, 4),
+        }
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the CPU's own isn't counted
+            output = net(
+                condition["latent"],
+                torch.tensor([1, 900]),
+                condition | {"patch": torch.randn(2, 4, 64)},
+            )
             output.sum().backward()
         # three times the forward pass, of which the first convolution's input and attn2's queries need no gradient
-        assert rows[row]["gflop_per_sample"] == pytest.approx(counter.get_total_flops() / 2e9, rel=0.03)
+        assert rows[row]["gflop_per_sample"] == pytest.approx(
+            counter.get_total_flops() / 2e9, rel=0.03
+        )
         assert output.std() > 1e-3  # the layers that start at zero don't
     assert 1 < rows["diffusers"]["gflop_per_sample"] / rows["ours"]["gflop_per_sample"] < 1.1
-    assert rows["zero123"]["gflop_per_sample"] > 2 * rows["ours"]["gflop_per_sample"]  # with two VAE encodes
+    assert (
+        rows["zero123"]["gflop_per_sample"] > 2 * rows["ours"]["gflop_per_sample"]
+    )  # with two VAE encodes
 
 
 def test_a_missing_package_and_too_little_memory_are_rows_too(tmp_path, capsys, monkeypatch):
@@ -86,19 +130,44 @@ def test_a_missing_package_and_too_little_memory_are_rows_too(tmp_path, capsys, 
     monkeypatch.setattr(bench, "train_row", train_row)
     flags = ["--rows", "ours", "reading", "diffusers", "--accumulate", 1, "--profile"]
     ours, reading, diffusers = measured(capsys, tmp_path / "x", "train", *flags)
-    (graphs,) = measured(capsys, tmp_path / "y", "train", "--rows", "ours", "--compile", "reduce-overhead")
-    assert graphs["status"] == "failed: accessing tensor output of CUDAGraphs that has been overwritten"
+    (graphs,) = measured(
+        capsys, tmp_path / "y", "train", "--rows", "ours", "--compile", "reduce-overhead"
+    )
+    assert (
+        graphs["status"]
+        == "failed: accessing tensor output of CUDAGraphs that has been overwritten"
+    )
     assert ours["status"] == "ok" and reading["status"] == "out of memory"
     times = ours["profile_ms"]
-    assert min(times[kind] for kind in ("convolution", "gemm", "attention", "copies", "norm+pointwise")) > 0
+    assert (
+        min(
+            times[kind] for kind in ("convolution", "gemm", "attention", "copies", "norm+pointwise")
+        )
+        > 0
+    )
     assert times["other"] < 0.5 * sum(times.values())
     assert diffusers["status"].startswith("not run: ") and "\n" not in diffusers["status"]
 
 
 def test_the_row_that_reads_counts_the_wait_for_its_workers(tmp_path, monkeypatch):
     clocks, real = [], bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *a, **k: clocks.append(k.get("workers", 0)) or real(*a, **k))
-    call(bench, "train", *QUICK[:-1], 0, 1, "--accumulate", 1, "--rows", "ours", "reading", "--micro_batches", 2)
+    monkeypatch.setattr(
+        bench, "measure", lambda *a, **k: clocks.append(k.get("workers", 0)) or real(*a, **k)
+    )
+    call(
+        bench,
+        "train",
+        *QUICK[:-1],
+        0,
+        1,
+        "--accumulate",
+        1,
+        "--rows",
+        "ours",
+        "reading",
+        "--micro_batches",
+        2,
+    )
     assert clocks == [0, 0, 0, 0, 0, 1]  # a row: a matrix product, the first step, the others
 
 
@@ -112,7 +181,9 @@ def test_the_row_that_reads_counts_the_wait_for_its_workers(tmp_path, monkeypatc
     ("read", ["--out", "file/x.jsonl"], "file/x.jsonl: could not be written"),
     ("train", ["--archive"], "--archive .*: latents of .48, 8, 8.; --size tiny has .4, 4, 4."),
 ])  # fmt: skip
-def test_wrong_flags_are_one_line_before_anything_is_measured(tmp_path, monkeypatch, archive, name, argv, words):
+def test_wrong_flags_are_one_line_before_anything_is_measured(
+    tmp_path, monkeypatch, archive, name, argv, words
+):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "measure", lambda *args, **flags: pytest.fail("measured"))
@@ -135,7 +206,9 @@ def test_sample(tmp_path, capsys):
 
 
 def test_read(tmp_path, capsys, archive):
-    records = measured(capsys, tmp_path / "x", "read", "--recipes", "latents", "fp16", "fp8", "fp8+pca")
+    records = measured(
+        capsys, tmp_path / "x", "read", "--recipes", "latents", "fp16", "fp8", "fp8+pca"
+    )
     latents, fp16, fp8, pca = (r["bytes_per_sample"] for r in records)
     assert latents == 2 * 3 * 4 * 4 * 4 + 2 * 192 + 4 * 4  # two means and a log variance, CLS, pose
     assert (fp16 - latents, fp8 - latents, pca - latents) == (2 * 4 * 384, 4 * 384, 4 * 64)
@@ -145,16 +218,24 @@ def test_read(tmp_path, capsys, archive):
 
 def test_archive(tmp_path, capsys, monkeypatch, tree):
     records = measured(capsys, tmp_path / "x", "archive", "--data", tree)
-    assert [(r["row"], r.get("workers")) for r in records] == [("encode", None), ("decode", 0), ("decode, encode", 0)]
+    assert [(r["row"], r.get("workers")) for r in records] == [
+        ("encode", None),
+        ("decode", 0),
+        ("decode, encode", 0),
+    ]
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: plain(f, backend="aot_eager"))
-    records = measured(capsys, tmp_path / "y", "archive", "--data", tree, "--compile", "off", "default")
+    records = measured(
+        capsys, tmp_path / "y", "archive", "--data", tree, "--compile", "off", "default"
+    )
     assert [r.get("compile") for r in records] == ["off", "default", None, "default"]
 
 
 def test_archive_measures_on_all_threads_and_leaves_out_as_it_was(tmp_path, monkeypatch):
     threads = []
-    monkeypatch.setattr(bench, "measure", lambda *_: threads.append(torch.get_num_threads()) or (1.0, [1]))
+    monkeypatch.setattr(
+        bench, "measure", lambda *_: threads.append(torch.get_num_threads()) or (1.0, [1])
+    )
     (tmp_path / "x.jsonl").write_text("{}\n")
     torch.set_num_threads(2)
     try:
@@ -162,7 +243,11 @@ def test_archive_measures_on_all_threads_and_leaves_out_as_it_was(tmp_path, monk
     finally:
         torch.set_num_threads(1)
     first, *records = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
-    assert threads == [2, 2, 2] and not first and all(r["device"].endswith("2 thread(s)") for r in records)
+    assert (
+        threads == [2, 2, 2]
+        and not first
+        and all(r["device"].endswith("2 thread(s)") for r in records)
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,31 +311,6 @@ def fast_group_norm(self, x):  # as on a GPU
     return model.channels_last_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def small_unet(channel_mult=(1, 2), attention_resolutions=(1, 2)) -> tuple[UNet, tuple]:
-    torch.manual_seed(0)
-    shape = dict(channel_mult=channel_mult, attention_resolutions=attention_resolutions, num_heads=4, context_dim=16)
-    unet = UNet(model_channels=32, num_res_blocks=1, feature_dim=12, feature_tokens=16, latent_size=8, **shape)
-    for p in unet.parameters():
-        torch.nn.init.normal_(p, 0.5 * (p.ndim == 1), 0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
-    return unet, (torch.randn(2, 8, 8, 8), torch.tensor([3, 900]), torch.randn(2, 1, 16), torch.randn(2, 16, 12))
-
-
-def output_and_gradients(unet, inputs) -> dict[str, torch.Tensor]:
-    unet.zero_grad()
-    x = inputs[0].clone().requires_grad_()
-    output = unet(x, *inputs[1:])
-    output.square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in unet.named_parameters() if p.requires_grad}
-    return gradients | {"output": output.detach(), "input's gradient": x.grad}
-
-
-def assert_equal(a: dict, b: dict, tolerance: float = 1e-5) -> None:
-    """Within this share of each tensor's norm; gradients that are zero but for rounding count against the largest."""
-    floor = 1e-3 * max(float(v.norm()) for v in b.values())
-    wrong = {k: float((a[k] - b[k]).norm() / b[k].norm().clamp(min=floor)) for k in b}
-    assert a.keys() == b.keys() and max(wrong.values()) < tolerance, max(wrong, key=wrong.get)
-
-
 def test_the_fast_path_equals_the_plain_one(monkeypatch):
     """Group normalisation in channels-last memory, a bias added with the embedding, upsampling by an expanded view, q,
     k and v in one product, cross attention without a softmax, linear layers for 1x1 convolutions: output and every
@@ -260,7 +320,9 @@ def test_the_fast_path_equals_the_plain_one(monkeypatch):
     fast = output_and_gradients(unet.to(memory_format=torch.channels_last), inputs)
     monkeypatch.setattr(model.GroupNorm, "forward", plain_group_norm)
     monkeypatch.setattr(model.ResBlock, "forward", plain_res_block)
-    monkeypatch.setattr(model.NearestUpsample, "forward", lambda self, x: F.interpolate(x, scale_factor=2.0))
+    monkeypatch.setattr(
+        model.NearestUpsample, "forward", lambda self, x: F.interpolate(x, scale_factor=2.0)
+    )
     monkeypatch.setattr(model.Attention, "forward", plain_attention)
     monkeypatch.setattr(model.TransformerBlock, "forward", plain_block)
     monkeypatch.setattr(model.SpatialTransformer, "forward", plain_transformer)
@@ -278,13 +340,18 @@ def test_group_norm_gradients():
     upstream = torch.randn(2, 64, 5, 5)
     ours = model.channels_last_group_norm(x, 32, weight, bias, 1e-5)
     gradients = torch.autograd.grad(ours, (x, weight, bias), upstream)
-    expected = torch.autograd.grad(F.group_norm(x, 32, weight, bias, 1e-5), (x, weight, bias), upstream)
+    expected = torch.autograd.grad(
+        F.group_norm(x, 32, weight, bias, 1e-5), (x, weight, bias), upstream
+    )
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 # the first stops short of generating code; inductor takes over a minute to compile even this
-BACKENDS = ["aot_eager_decomp_partition", *(["inductor"] if os.environ.get("LONG") and shutil.which("c++") else [])]
+BACKENDS = [
+    "aot_eager_decomp_partition",
+    *(["inductor"] if os.environ.get("LONG") and shutil.which("c++") else []),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -318,15 +385,21 @@ def test_what_group_norm_and_silu_read_and_write(monkeypatch, options, forward, 
     monkeypatch.setattr(torch._inductor.ir, "is_cpu", lambda _: False)
     x = torch.randn(8, 64, 32, 32).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     with torch._inductor.config.patch(force_disable_caches=True):
-        torch.compile(lambda x: F.silu(fast_group_norm(net, x)), options=options)(x).sum().backward()
+        torch.compile(lambda x: F.silu(fast_group_norm(net, x)), options=options)(
+            x
+        ).sum().backward()
     torch._dynamo.reset()
     assert [each / (2 * x.numel()) for each in count] == pytest.approx([forward, backward], abs=0.1)
     expected = torch.autograd.grad(F.silu(F.group_norm(x.float(), 32)).sum(), x)[0]
-    torch.testing.assert_close(x.grad, expected, atol=0.02, rtol=0.02)  # what was counted computes it
+    torch.testing.assert_close(
+        x.grad, expected, atol=0.02, rtol=0.02
+    )  # what was counted computes it
 
 
 def test_compiling_in_place_keeps_the_names():
-    net = NovelViewModel(8, model_channels=32, channel_mult=(1,), num_res_blocks=1, context_dim=16, num_heads=4)
+    net = NovelViewModel(
+        8, model_channels=32, channel_mult=(1,), num_res_blocks=1, context_dim=16, num_heads=4
+    )
     names = list(net.state_dict())
     net.unet.compile()
     assert list(net.state_dict()) == names

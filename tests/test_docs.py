@@ -7,12 +7,14 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PATTERN = r"(?:\w+=\S+ )*(?:python|torchrun(?: --\S+ [^\s-]\S*)*) (?:-m ((?:tools|studies)\.\w+)|(\w+)\.py) ([^#]*)"
 FILES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.py"))]
 FILES += sorted(
-    path for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*.py")] if path.stem not in ("render", "app")
+    path
+    for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*.py")]
+    if path.stem not in ("render", "app")
 )  # which take packages
 
 

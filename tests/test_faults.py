@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FROZEN, ROOT, SMALL, call
+from helpers import FROZEN, ROOT, SMALL, call
 from safetensors.torch import load_file
 
 import data
@@ -32,11 +32,37 @@ import train
 from lib import archives, checkpoints, files, signals
 from lib.cli import InputError, run_script
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which CUDA forbids: CUDA_VISIBLE_DEVICES=")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="forks, which CUDA forbids: CUDA_VISIBLE_DEVICES="
+)
 LONG = bool(os.environ.get("LONG"))
 KILLS = 50 if LONG else 6
-TINY = [*FROZEN, "--encoder", "test_vit", "--layers", 2, "--encoder_size", 32, "--precision", "fp32", "--workers", 0]
-TRAIN = [*SMALL, "--channel_mult", 1, "--attention", 1, "--steps", 10, "--batch_size", 4, "--accumulate", 2]
+TINY = [
+    *FROZEN,
+    "--encoder",
+    "test_vit",
+    "--layers",
+    2,
+    "--encoder_size",
+    32,
+    "--precision",
+    "fp32",
+    "--workers",
+    0,
+]
+TRAIN = [
+    *SMALL,
+    "--channel_mult",
+    1,
+    "--attention",
+    1,
+    "--steps",
+    10,
+    "--batch_size",
+    4,
+    "--accumulate",
+    2,
+]
 TRAIN += ["--save_every", 2, "--val_every", 4, "--preview_every", 0]
 
 
@@ -73,7 +99,9 @@ def wait(pid: int, seconds: float = 90) -> int | None:
 def one_error(log: Path, *words: str) -> None:
     text = log.read_text()
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in text and all(word in errors[0] for word in words), text[-3000:]
+    assert (
+        len(errors) == 1 and "Traceback" not in text and all(word in errors[0] for word in words)
+    ), text[-3000:]
 
 
 def at_step(step: int, action) -> None:
@@ -126,7 +154,10 @@ def make_small(tree: Path) -> Path:
     (root := tree.parent / "faults").mkdir()
     for work, setup in (
         (archiving(tree, root / "archive"), lambda: None),
-        (training(root, root / "at4"), lambda: at_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))),
+        (
+            training(root, root / "at4"),
+            lambda: at_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1)),
+        ),
         (lambda: shutil.copytree(root / "at4", root / "run"), lambda: None),
         (training(root, root / "run"), lambda: None),
         (training(root, root / "whole"), lambda: None),
@@ -171,12 +202,21 @@ def load_state(folder: Path) -> dict:
 def same_run(*runs: Path) -> None:
     """Final weights, EMA, optimiser and log are equal bit for bit, and nothing is left half-written."""
     states = [load_state(run / "step_0000010") for run in runs]
-    assert all(same(*(state[key] for state in states)) for key in ("model", "optimizer", "scaler", "skips", "window"))
+    assert all(
+        same(*(state[key] for state in states))
+        for key in ("model", "optimizer", "scaler", "skips", "window")
+    )
     assert same(*(load_file(run / "step_0000010" / "model.safetensors") for run in runs))
     assert same(*map(log_lines, runs))
     for run in runs:
         assert (run / "latest").read_text() == "step_0000010"
-        assert {p.name for p in run.iterdir()} == {"lock", "latest", "log.jsonl", "step_0000008", "step_0000010"}
+        assert {p.name for p in run.iterdir()} == {
+            "lock",
+            "latest",
+            "log.jsonl",
+            "step_0000008",
+            "step_0000010",
+        }
 
 
 # ----------------------------------------------------------------------------------------------------------- kills
@@ -211,8 +251,13 @@ def test_training_killed_at_random_moments_loses_nothing(small, tmp_path):
 
 def test_archiving_killed_at_random_moments_loses_nothing(small, tree, tmp_path):
     def finished(job):
-        a, b = ({p.name: p.read_bytes() for p in root.iterdir()} for root in (small / "archive", tmp_path / str(job)))
-        assert a == b and len(a) == 9  # six shards, manifest, frozen.safetensors, lock: no temporary file stays
+        a, b = (
+            {p.name: p.read_bytes() for p in root.iterdir()}
+            for root in (small / "archive", tmp_path / str(job))
+        )
+        assert (
+            a == b and len(a) == 9
+        )  # six shards, manifest, frozen.safetensors, lock: no temporary file stays
 
     kill_until_done(lambda job: archiving(tree, tmp_path / str(job)), finished, tmp_path / "log")
 
@@ -221,14 +266,23 @@ def test_archiving_killed_at_random_moments_loses_nothing(small, tree, tmp_path)
 def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, how):
     """Each call that writes checkpoint 6, beside 2 and 4, dies (a half-written file behind it) or finds a full disk."""
     (state, weights), run = checkpoints.newest_checkpoint(small / "at4"), tmp_path / "run"
-    meta, tensors, model = pretrained.read_model(small / "at4" / "step_0000004" / "model.safetensors")
+    meta, tensors, model = pretrained.read_model(
+        small / "at4" / "step_0000004" / "model.safetensors"
+    )
     meta["tensors"] = {key: value for key, value in tensors.items() if key.startswith("encoder.")}
-    frozen = {key: meta[key] for key in ("encoder", "codec", "image_size", "val_fraction", "tensors")}
+    frozen = {
+        key: meta[key] for key in ("encoder", "codec", "image_size", "val_fraction", "tensors")
+    }
     writes = [(torch, "save"), (checkpoints, "save_file")]
-    writes += [(os, name) for name in "mkdir fsync rename replace".split() + ["unlink", "rmdir"] * (how == "die")]
+    writes += [
+        (os, name)
+        for name in "mkdir fsync rename replace".split() + ["unlink", "rmdir"] * (how == "die")
+    ]
 
     def save():
-        checkpoints.save_checkpoint(run, state | {"step": 6}, model, frozen, Namespace(keep=2, keep_every=0))
+        checkpoints.save_checkpoint(
+            run, state | {"step": 6}, model, frozen, Namespace(keep=2, keep_every=0)
+        )
 
     def fail_at(k):
         calls = iter(range(99))
@@ -275,21 +329,32 @@ def test_stopped_by_a_signal_and_started_again_equals_uninterrupted(small):
 
 @pytest.mark.parametrize("file", ["state.pt", "model.safetensors"])
 @pytest.mark.parametrize("how", ["flip", "cut", "gone"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path, capfd, file, how):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    small, tmp_path, capfd, file, how
+):
     """Even for one bit of one weight; and where one is kept, the damaged one does not push a sound one out."""
     shutil.copytree(small / "run", run := tmp_path / "run")
     path = run / "step_0000010" / file
     blob = bytearray(path.read_bytes())
     blob[len(blob) // 2] ^= 1
-    path.unlink() if how == "gone" else path.write_bytes(blob[: len(blob) // 2] if how == "cut" else blob)
+    path.unlink() if how == "gone" else path.write_bytes(
+        blob[: len(blob) // 2] if how == "cut" else blob
+    )
     assert newest(run) == 8
     assert f"{path.parent}: unreadable" in capfd.readouterr().err
     if how == "flip" and file == "state.pt":
         at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
         training(small, run, "--keep", 1)()
-        assert newest(run) == 9 and (run / "preempted").exists() and not (run / "step_0000008").exists()
+        assert (
+            newest(run) == 9
+            and (run / "preempted").exists()
+            and not (run / "step_0000008").exists()
+        )
         training(small, run, "--keep", 1)()
-        assert same(load_state(run / "step_0000010")["model"], load_state(small / "run" / "step_0000010")["model"])
+        assert same(
+            load_state(run / "step_0000010")["model"],
+            load_state(small / "run" / "step_0000010")["model"],
+        )
 
 
 def test_the_last_checkpoints_stay_and_every_nth_for_good(small, at4):
@@ -324,11 +389,15 @@ def test_changed_flags_are_listed_and_some_refused(small, at4, tmp_path, capfd):
     capfd.readouterr()
     training(small, at4, "--weight_decay", 5, "--batch_size", 8, "--init", small)()
     printed = capfd.readouterr().out
-    assert "weight_decay: 0.01 -> 5" in printed and "accumulate: 2 -> 1, which keeps the global batch of 8" in printed
+    assert (
+        "weight_decay: 0.01 -> 5" in printed
+        and "accumulate: 2 -> 1, which keeps the global batch of 8" in printed
+    )
     assert "not read: the checkpoint's weights go on" in printed
     assert load_state(at4 / "step_0000010")["optimizer"]["param_groups"][0]["weight_decay"] == 5
     norm = {
-        run: sum(w.norm() for w in load_state(run / "step_0000010")["model"].values()) for run in (at4, small / "run")
+        run: sum(w.norm() for w in load_state(run / "step_0000010")["model"].values())
+        for run in (at4, small / "run")
     }
     assert norm[at4] < 0.99 * norm[small / "run"]
 
@@ -343,7 +412,10 @@ def test_resuming_mends_latest_and_takes_another_precision(small, at4):
 
 
 def test_a_lock_clears_away_only_what_is_ours(tmp_path):
-    ours, others = [".state.pt.12.tmp", ".tmpAb12cd"], [".notes.tmp", ".tmpfile", "x.12.tmp", ".step.tmp.old"]
+    ours, others = (
+        [".state.pt.12.tmp", ".tmpAb12cd"],
+        [".notes.tmp", ".tmpfile", "x.12.tmp", ".step.tmp.old"],
+    )
     for name in ours + others:
         (tmp_path / name).touch()
     (tmp_path / ".step.tmp").mkdir()
@@ -373,9 +445,13 @@ def test_signals_and_a_killed_worker(small, tmp_path):
     pids = {}
     for name, setup in setups.items():
         shutil.copytree(small / "at4", tmp_path / name)
-        pids[name] = fork(training(small, tmp_path / name, "--workers", 1), tmp_path / f"{name}.log", setup)
+        pids[name] = fork(
+            training(small, tmp_path / name, "--workers", 1), tmp_path / f"{name}.log", setup
+        )
     codes = {name: wait(pid) for name, pid in pids.items()}
-    assert codes == {"group": 0, "twice": -signal.SIGUSR1, "worker": 1}, (tmp_path / "group.log").read_text()
+    assert codes == {"group": 0, "twice": -signal.SIGUSR1, "worker": 1}, (
+        tmp_path / "group.log"
+    ).read_text()
     assert (tmp_path / "group" / "preempted").exists() and newest(tmp_path / "group") == 5
     assert not any("Traceback" in (tmp_path / f"{name}.log").read_text() for name in setups)
     one_error(tmp_path / "worker.log", "DataLoader worker")
@@ -401,7 +477,9 @@ def test_a_signal_leaves_the_compiler_at_work(small, tmp_path):
 
     shutil.copytree(small / "at4", tmp_path / "run")
     log = tmp_path / "log"
-    assert wait(fork(training(small, tmp_path / "run", "--compile"), log, setup)) == 0, log.read_text()
+    assert wait(fork(training(small, tmp_path / "run", "--compile"), log, setup)) == 0, (
+        log.read_text()
+    )
     assert (tmp_path / "run" / "preempted").exists() and newest(tmp_path / "run") == 5
 
 
@@ -415,16 +493,31 @@ def test_whatever_ends_training_its_workers_end_too(archive, tmp_path, error):
             raise {error}("no foreseen one" if step else "")
         train.learning_rate = fail
         run_script(train.main)"""
-    flags = ["--archive", archive, "--out", tmp_path / "run", *TRAIN, "--batch_size", 2, "--workers", 2]
+    flags = [
+        "--archive",
+        archive,
+        "--out",
+        tmp_path / "run",
+        *TRAIN,
+        "--batch_size",
+        2,
+        "--workers",
+        2,
+    ]
     command = [sys.executable, "-c", code, *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("Traceback") == (error != "InputError"), done.stderr
+    assert done.returncode == 1 and done.stderr.count("Traceback") == (error != "InputError"), (
+        done.stderr
+    )
 
 
 def test_two_jobs_on_one_folder(small, tree, at4, tmp_path):
     """The second one refuses and changes nothing."""
     shutil.copytree(small / "archive", tmp_path / "archive")
-    for folder, work in ((at4, training(small, at4)), (tmp_path / "archive", archiving(tree, tmp_path / "archive"))):
+    for folder, work in (
+        (at4, training(small, at4)),
+        (tmp_path / "archive", archiving(tree, tmp_path / "archive")),
+    ):
         held = files.lock(folder, "--out")
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         assert wait(fork(work, tmp_path / "log")) == 1
@@ -439,7 +532,9 @@ def two_ranks(work, logs: Path, act) -> list[int | None]:
     for rank in (0, 1):
 
         def setup(rank=rank):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
+            )
             os.environ.update(MASTER_PORT=port)
             act(rank)
 
@@ -468,7 +563,11 @@ def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
 
     codes = two_ranks(training(small, at4, "--batch_size", 2), tmp_path, kill)
     printed = (tmp_path / "log0").read_text()
-    assert codes == [1, -signal.SIGKILL] and "processes: 1 -> 2" in printed and "batch_size: 4 -> 2" in printed, printed
+    assert (
+        codes == [1, -signal.SIGKILL]
+        and "processes: 1 -> 2" in printed
+        and "batch_size: 4 -> 2" in printed
+    ), printed
     assert newest(at4) == 6
     training(small, at4)()
     for a, b in zip(log_lines(at4), log_lines(small / "run"), strict=True):
@@ -479,8 +578,29 @@ def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
 def test_torchrun_passes_the_signal_on(archive, tmp_path):
     """SIGTERM to torchrun, which signals each rank's process group; LONG: started anew after a rank was killed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = [*TRAIN, "--batch_size", 2, "--steps", 100_000, "--workers", 1, "--val_every", 0, "--save_every", 10]
-    command = [*launch, "--shutdown-timeout=60", ROOT / "train.py", "--archive", archive, "--out", tmp_path, *flags]
+    flags = [
+        *TRAIN,
+        "--batch_size",
+        2,
+        "--steps",
+        100_000,
+        "--workers",
+        1,
+        "--val_every",
+        0,
+        "--save_every",
+        10,
+    ]
+    command = [
+        *launch,
+        "--shutdown-timeout=60",
+        ROOT / "train.py",
+        "--archive",
+        archive,
+        "--out",
+        tmp_path,
+        *flags,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start():
@@ -490,7 +610,9 @@ def test_torchrun_passes_the_signal_on(archive, tmp_path):
     def wait_for(lines):
         end = time.monotonic() + 100
         while not (tmp_path / "log.jsonl").exists() or len(log_lines(tmp_path)) < lines:
-            assert time.monotonic() < end and agent.poll() is None, (tmp_path / "out").read_text()[-3000:]
+            assert time.monotonic() < end and agent.poll() is None, (tmp_path / "out").read_text()[
+                -3000:
+            ]
             time.sleep(0.1)
 
     agent = start()
@@ -504,7 +626,9 @@ def test_torchrun_passes_the_signal_on(archive, tmp_path):
     agent.send_signal(signal.SIGTERM)
     agent.wait(60)
     printed, steps = (tmp_path / "out").read_text(), [line["step"] for line in log_lines(tmp_path)]
-    assert (tmp_path / "preempted").exists() and f"by a signal after step {steps[-1]}" in printed, printed[-3000:]
+    assert (tmp_path / "preempted").exists() and f"by a signal after step {steps[-1]}" in printed, (
+        printed[-3000:]
+    )
     assert steps == list(range(1, len(steps) + 1)) and newest(tmp_path) == steps[-1]
     assert "DataLoader worker" not in printed, printed[-3000:]
 
@@ -516,7 +640,9 @@ def test_torchrun_passes_the_signal_on(archive, tmp_path):
 def disk(tmp_path):
     """(folder, fill): a small disk, what leaves so many bytes of it; or a file size limit where none may be mounted."""
     (folder := tmp_path / "disk").mkdir()
-    mounted = not subprocess.run(["mount", "-ttmpfs", "-osize=64m", "none", folder], capture_output=True).returncode
+    mounted = not subprocess.run(
+        ["mount", "-ttmpfs", "-osize=64m", "none", folder], capture_output=True
+    ).returncode
 
     def fill(left: int):
         if not mounted:
@@ -557,13 +683,19 @@ def test_disk_full_while_archiving(small, tree, tmp_path, disk, monkeypatch):
         (folder / "filler").unlink(missing_ok=True)
         assert not list((folder / "a").glob(".*"))
     assert wait(fork(archiving(tree, folder / "a"), tmp_path / "log")) == 0
-    assert all(path.read_bytes() == (folder / "a" / path.name).read_bytes() for path in (small / "archive").iterdir())
+    assert all(
+        path.read_bytes() == (folder / "a" / path.name).read_bytes()
+        for path in (small / "archive").iterdir()
+    )
 
 
 @pytest.mark.parametrize("out", ["file/run", "/proc/run", "/sys/run"])
 def test_a_folder_that_cannot_be_written(small, tree, tmp_path, out):
     (tmp_path / "file").touch()
-    for work, flag in ((training(small, tmp_path / out), "--out"), (archiving(tree, tmp_path / out), "--archive")):
+    for work, flag in (
+        (training(small, tmp_path / out), "--out"),
+        (archiving(tree, tmp_path / out), "--archive"),
+    ):
         with pytest.raises(InputError, match=f"{flag} .*{out}: "):
             work()
 
@@ -572,7 +704,10 @@ def test_a_folder_that_cannot_be_written(small, tree, tmp_path, out):
 def test_a_shard_that_goes_away_while_training(small, at4, tmp_path, how):
     shutil.copytree(small / "archive", tmp_path / how)
     shards = [archives.shard_path(tmp_path / how, i) for i in range(6)]
-    at_step(5, lambda: [shard.unlink() if how == "gone" else os.truncate(shard, 9999) for shard in shards])
+    at_step(
+        5,
+        lambda: [shard.unlink() if how == "gone" else os.truncate(shard, 9999) for shard in shards],
+    )
     with pytest.raises(InputError, match=rf"{how}/0000\d.safetensors: (unreadable|changed)"):
         training(small, at4, "--archive", tmp_path / how)()
     assert newest(at4) == 4
@@ -599,5 +734,16 @@ def test_non_finite_gradients_in_a_row_stop_the_run(small, at4):
     poison(range(5, 8))
     for every, step in ((1, 8), (9, 9)):  # at the ninth it has been finite again
         with pytest.raises(InputError, match=f"not finite 3 steps in a row, by step {step}"):
-            training(small, at4, "--max_skips", 3, "--log_every", every, "--save_every", 9, "--val_every", 0)()
+            training(
+                small,
+                at4,
+                "--max_skips",
+                3,
+                "--log_every",
+                every,
+                "--save_every",
+                9,
+                "--val_every",
+                0,
+            )()
     assert newest(at4) == 4

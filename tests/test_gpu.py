@@ -5,17 +5,36 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FROZEN, SMALL, script
+from helpers import (
+    FROZEN,
+    SMALL,
+    assert_close_shards,
+    assert_equal,
+    assert_same_run,
+    output_and_gradients,
+    script,
+    small_unet,
+)
 from PIL import Image
-from test_bench import assert_equal, output_and_gradients, small_unet
-from test_pipeline import assert_close_shards, assert_same_run
 
 import train
 from tools import bench
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 
-TRAIN = [*SMALL, "--device", "cuda", "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3]
+TRAIN = [
+    *SMALL,
+    "--device",
+    "cuda",
+    "--steps",
+    6,
+    "--batch_size",
+    4,
+    "--accumulate",
+    2,
+    "--save_every",
+    3,
+]
 TRAIN += ["--val_every", 3, "--preview_every", 6, "--workers", 1]
 
 
@@ -25,10 +44,14 @@ def forget_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("flags", [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]])
+@pytest.mark.parametrize(
+    "flags", [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]]
+)
 def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, monkeypatch, flags):
     command = ["--archive", archive, *TRAIN, "--deterministic", "--precision", *flags]
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache a"))  # each chooses its kernels anew
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache a")
+    )  # each chooses its kernels anew
     script("train", *command, "--out", tmp_path / "a", timeout=600)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "step_0000006")
@@ -46,13 +69,17 @@ def test_archives_agree(tree, archive, tmp_path, flags):
     assert_close_shards(tmp_path / "a", archive, 4e-3)
 
 
-@pytest.mark.parametrize("flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning", "--shared_noise"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning", "--shared_noise"]]
+)
 def test_samples_agree(run, tree, tmp_path, flags):
     views = {}
     for device in ("cpu", "cuda"):
         script("sample", "--ckpt", run, "--image", tree / "00011" / "000.png", "--no-crop", "--orbit", 4, "--steps", 5,
                "--precision", "fp32", "--device", device, "--out", tmp_path / device, *flags)  # fmt: skip
-        views[device] = np.stack([Image.open(tmp_path / device / "000" / f"{i:03d}.png") for i in range(4)]).astype(int)
+        views[device] = np.stack(
+            [Image.open(tmp_path / device / "000" / f"{i:03d}.png") for i in range(4)]
+        ).astype(int)
     assert np.abs(views["cpu"] - views["cuda"]).max() <= 2  # of 255
 
 
@@ -64,7 +91,9 @@ def test_compiled_equals_eager(monkeypatch, batch):
     unet.cuda().to(memory_format=torch.channels_last)
     eager = output_and_gradients(unet, inputs)
     unet.compile(options=train.COMPILE)
-    assert_equal(output_and_gradients(unet, inputs), eager, 1e-4)  # cuDNN may choose another algorithm
+    assert_equal(
+        output_and_gradients(unet, inputs), eager, 1e-4
+    )  # cuDNN may choose another algorithm
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -78,7 +107,11 @@ def test_a_step_waits_for_nothing(compiled):
     mean, logvar = torch.zeros(2, 2, 4, 4, 4, device=device)
 
     def prepare():
-        return mean, logvar, {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        return (
+            mean,
+            logvar,
+            {key: value.to(device, non_blocking=True) for key, value in batch.items()},
+        )
 
     step = bench.make_step(model, prepare, 2, 2, "bf16", False)
     if compiled:

@@ -44,7 +44,10 @@ def randomised(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                / max(1, parameter[0].numel()) ** 0.5
+            )
     return model
 
 
@@ -82,7 +85,9 @@ def test_one_token_cross_attention_is_the_softmax_one():
 
 def test_what_the_one_token_shortcut_skips_is_not_trained():
     frozen = {name for name, p in UNet(**SMALL).named_parameters() if not p.requires_grad}
-    assert frozen and all("norm2" in name or "attn2.to_q" in name or "attn2.to_k" in name for name in frozen)
+    assert frozen and all(
+        "norm2" in name or "attn2.to_q" in name or "attn2.to_k" in name for name in frozen
+    )
     model = small_model()
     condition = small_condition()
     model(torch.randn(4, 3, 8, 8), torch.arange(4), condition).sum().backward()
@@ -104,7 +109,9 @@ def test_every_convolution_sees_channels_last_memory():
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
             module.register_forward_pre_hook(
-                lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+                lambda _, inputs: seen.append(
+                    inputs[0].is_contiguous(memory_format=torch.channels_last)
+                )
             )
     model(torch.randn(4, 3, 8, 8), torch.arange(4), small_condition())
     assert len(seen) > 10 and all(seen)
@@ -148,7 +155,9 @@ def test_nulls_of_training_are_the_nulls_of_sampling():
     x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 500)
     none = torch.zeros(4, dtype=torch.bool)
     dropped = model(x, t, condition, keep_context=none, keep_latent=none)
-    torch.testing.assert_close(dropped, model.unet(torch.cat([x, 0 * x], 1), t, torch.zeros(4, 1, 16), None))
+    torch.testing.assert_close(
+        dropped, model.unet(torch.cat([x, 0 * x], 1), t, torch.zeros(4, 1, 16), None)
+    )
     kept = model(x, t, condition)
     torch.testing.assert_close(model(x, t, condition, keep_context=~none, keep_latent=~none), kept)
     guided_eps = sample.guided_prediction(model, x, t, condition, scale=3.0)[1]
@@ -168,7 +177,9 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = small_model(checkpointing=checkpointing).train()
         torch.manual_seed(0)
-        model(torch.randn(4, 3, 8, 8), torch.arange(4), small_condition()).square().mean().backward()
+        model(
+            torch.randn(4, 3, 8, 8), torch.arange(4), small_condition()
+        ).square().mean().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -191,7 +202,13 @@ SETTINGS += [("gaussian", 1000, std) for std in (100, 300, 400, 500)]
 def test_timesteps_follow_their_density(sampling, mean, std):
     """Chi-square over 50 bins of 100,000 draws, for every setting of figures 2 and 6."""
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts = sample_timesteps(u, sampling, mean, std).bincount(minlength=TIMESTEPS).double().reshape(50, 20).sum(1)
+    counts = (
+        sample_timesteps(u, sampling, mean, std)
+        .bincount(minlength=TIMESTEPS)
+        .double()
+        .reshape(50, 20)
+        .sum(1)
+    )
     expected = 100_000 * timestep_density(sampling, mean, std).reshape(50, 20).sum(1)
     rare = expected < 5
     counts, expected = (torch.cat([v[~rare], v[rare].sum()[None]]) for v in (counts, expected))
@@ -212,7 +229,9 @@ def test_gaussian_density_by_hand():
 def test_schedules():
     betas = [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2 for i in range(1000)]
     eps = noise_schedule("eps")
-    assert eps[0] == pytest.approx(1 - betas[0]) and eps[1] == pytest.approx((1 - betas[0]) * (1 - betas[1]))
+    assert eps[0] == pytest.approx(1 - betas[0]) and eps[1] == pytest.approx(
+        (1 - betas[0]) * (1 - betas[1])
+    )
     assert eps[-1].sqrt() == pytest.approx(0.068, abs=5e-4)
     v = noise_schedule("v")
     assert torch.equal(v, noise_schedule("x0"))
@@ -226,12 +245,21 @@ def test_prediction_and_loss_agree(prediction):
     x0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator)
     t = torch.tensor([0, 10, 500, 900, 998])
     alpha_bar = noise_schedule(prediction)
-    alpha, sigma = alpha_bar[t].sqrt()[:, None, None, None], (1 - alpha_bar[t]).sqrt()[:, None, None, None]
+    alpha, sigma = (
+        alpha_bar[t].sqrt()[:, None, None, None],
+        (1 - alpha_bar[t]).sqrt()[:, None, None, None],
+    )
     output = {"eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[prediction]
     assert diffusion_loss(output, x0, noise, t, alpha_bar, prediction).abs().max() < 1e-10
-    wrong = 1 if prediction == "x0" else 2  # in x0: as 1 / sigma in v, and at the cleanest steps as 10**0.5
+    wrong = (
+        1 if prediction == "x0" else 2
+    )  # in x0: as 1 / sigma in v, and at the cleanest steps as 10**0.5
     expected = [10, 10, *(1 / sigma.flatten()[2:] ** 2).tolist()] if prediction == "x0" else 5 * [4]
-    assert diffusion_loss(output + wrong, x0, noise, t, alpha_bar, prediction).tolist() == pytest.approx(expected, 1e-4)
-    back_x0, back_noise = predicted_x0_eps(output, q_sample(x0, t, noise, alpha_bar), t, alpha_bar, prediction)
+    assert diffusion_loss(
+        output + wrong, x0, noise, t, alpha_bar, prediction
+    ).tolist() == pytest.approx(expected, 1e-4)
+    back_x0, back_noise = predicted_x0_eps(
+        output, q_sample(x0, t, noise, alpha_bar), t, alpha_bar, prediction
+    )
     torch.testing.assert_close(back_x0, x0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(back_noise, noise, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,6 @@
 """Archive, training, sampling: what must hold between the scripts. They run for real, on a tiny tree of shapes."""
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FROZEN, ROOT, SMALL, call, script
+from helpers import (
+    FROZEN,
+    ROOT,
+    SMALL,
+    assert_close_shards,
+    assert_same_run,
+    call,
+    log_lines,
+    raw_weights,
+    script,
+    weights,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,30 +34,20 @@ from lib.cli import InputError
 from model import noise_schedule
 from tools.shapes import look_at
 
-TRAIN = [*SMALL, "--steps", 6, "--batch_size", 4, "--accumulate", 2, "--save_every", 3, "--val_every", 3]
+TRAIN = [
+    *SMALL,
+    "--steps",
+    6,
+    "--batch_size",
+    4,
+    "--accumulate",
+    2,
+    "--save_every",
+    3,
+    "--val_every",
+    3,
+]
 TRAIN += ["--preview_every", 0]
-
-
-def weights(run, step=6):
-    return load_file(run / f"step_{step:07d}" / "model.safetensors")
-
-
-def assert_same_run(a, b):
-    """Log, EMA and raw weights after step 6, bit for bit."""
-    assert log_lines(a) == log_lines(b)
-    for ours, theirs in ((weights(a), weights(b)), (raw_weights(a), raw_weights(b))):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def raw_weights(run, step=6):
-    return torch.load(run / f"step_{step:07d}" / "state.pt", "cpu", weights_only=True)["model"]
-
-
-def log_lines(run):
-    """log.jsonl without what depends on the clock."""
-    clocked = ("seconds", "samples_per_second", "tflops", "peak_memory_gb")
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in clocked} for line in lines]
 
 
 # --------------------------------------------------------------------------------------------------------- archive
@@ -55,7 +55,9 @@ def log_lines(run):
 
 def test_archive_holds_what_the_encoders_give_online(tree, archive):
     meta = archives.read_manifest(archive)
-    encoder = pretrained.open_encoder(meta["encoder"], tensors=load_file(archive / "frozen.safetensors"))
+    encoder = pretrained.open_encoder(
+        meta["encoder"], tensors=load_file(archive / "frozen.safetensors")
+    )
     codec = pretrained.open_codec(meta["codec"])
     shard = load_file(archive / "00000.safetensors")
     assert shard["view_offset"].tolist() == list(range(0, 49, 4))
@@ -64,19 +66,35 @@ def test_archive_holds_what_the_encoders_give_online(tree, archive):
         online = pretrained.encode(image[None], encoder, codec)
         for key, value in online.items():
             torch.testing.assert_close(shard[key][row].float(), value[0], atol=2e-3, rtol=2e-3)
-        np.testing.assert_allclose(shard["pose"][row], data.read_pose(tree / name / f"{view:03d}.npy"), atol=1e-6)
-        assert shard["alpha"][row].float().mean() / 255 == pytest.approx(alpha.mean().item(), abs=3e-3)
+        np.testing.assert_allclose(
+            shard["pose"][row], data.read_pose(tree / name / f"{view:03d}.npy"), atol=1e-6
+        )
+        assert shard["alpha"][row].float().mean() / 255 == pytest.approx(
+            alpha.mean().item(), abs=3e-3
+        )
 
 
 def test_features_are_normalised_layer_by_layer(archive):
     patch = load_file(archive / "00000.safetensors")["patch"].float().unflatten(-1, (2, 192))
     torch.testing.assert_close(patch.mean(-1), torch.zeros(patch.shape[:-1]), atol=2e-3, rtol=0)
-    torch.testing.assert_close(patch.var(-1, correction=0), torch.ones(patch.shape[:-1]), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        patch.var(-1, correction=0), torch.ones(patch.shape[:-1]), atol=2e-2, rtol=0
+    )
 
 
 def test_archiving_resumes_and_rank_count_changes_nothing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD_OBJECTS", 5)
-    flags = ["--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32"]
+    flags = [
+        "--data",
+        tree,
+        "--archive",
+        tmp_path / "a",
+        *FROZEN,
+        "--workers",
+        0,
+        "--precision",
+        "fp32",
+    ]
     call(precompute_dino, *flags)
     shards = sorted((tmp_path / "a").glob("0*.safetensors"))
     before = {path.name: path.read_bytes() for path in shards}
@@ -86,7 +104,10 @@ def test_archiving_resumes_and_rank_count_changes_nothing(tree, tmp_path, monkey
     call(precompute_dino, *flags)
     assert shards[0].stat().st_mtime_ns == kept
     assert {path.name: path.read_bytes() for path in shards} == before
-    assert len(data.Archive(tmp_path / "a", "train")) == 9 and len(data.Archive(tmp_path / "a", "val")) == 3
+    assert (
+        len(data.Archive(tmp_path / "a", "train")) == 9
+        and len(data.Archive(tmp_path / "a", "val")) == 3
+    )
 
 
 def test_torchrun_archives_the_same(tree, archive, tmp_path):
@@ -98,23 +119,20 @@ def test_torchrun_archives_the_same(tree, archive, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def assert_close_shards(a, b, tolerance):
-    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (a, b))
-    assert torch.equal(ours.pop("view_offset"), theirs.pop("view_offset"))
-    for key in theirs.keys() - {"crc32"}:
-        torch.testing.assert_close(ours[key].float(), theirs[key].float(), atol=tolerance, rtol=tolerance)
-
-
 def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch):
     """By aot_eager: traced, without inductor's code; and for whole batches alone, the second has 12 of 36 views."""
     compiled, plain, sizes = [], torch.compile, []
     backend = torch._dynamo.lookup_backend("aot_eager")
 
     def trace(graph, inputs):
-        sizes.append([x.shape[0] for x in inputs if x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == 32])
+        sizes.append(
+            [x.shape[0] for x in inputs if x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == 32]
+        )
         return backend(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or plain(f, backend=trace))
+    monkeypatch.setattr(
+        torch, "compile", lambda f: compiled.append(f.__name__) or plain(f, backend=trace)
+    )
     shutil.copytree(archive, tmp_path / "a")
     (tmp_path / "a" / "00000.safetensors").unlink()
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
@@ -126,19 +144,26 @@ def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch
 def test_fp8_and_pca(tree, archive, tmp_path, capsys):
     call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
          "--patch_dtype", "fp8", "--pca", 64)  # fmt: skip
-    printed = re.search(r"([\d.]+)% of the foreground.*? ([\d.]+)% relative", capsys.readouterr().out, re.S)
+    printed = re.search(
+        r"([\d.]+)% of the foreground.*? ([\d.]+)% relative", capsys.readouterr().out, re.S
+    )
     compact = load_file(tmp_path / "a" / "00000.safetensors")["patch"]
     assert compact.dtype == torch.float8_e4m3fn and compact.shape[2] == 64
     # The encoder drew other random weights here: compare with its own features.
     encoder = pretrained.open_encoder(
-        archives.read_manifest(tmp_path / "a")["encoder"], tensors=load_file(tmp_path / "a" / "frozen.safetensors")
+        archives.read_manifest(tmp_path / "a")["encoder"],
+        tensors=load_file(tmp_path / "a" / "frozen.safetensors"),
     )
     image, _ = images.load_image(tree / "00002" / "001.png", 32)
     exact = encoder(image[None])[1][0]
     assert (compact[9].float() - exact).norm() / exact.norm() < 0.04  # e4m3 has 3 bits of mantissa
-    raw = pretrained.ImageEncoder(encoder.name, encoder.vit.state_dict(), tuple(encoder.layers), 64)(image[None])[1][0]
+    raw = pretrained.ImageEncoder(
+        encoder.name, encoder.vit.state_dict(), tuple(encoder.layers), 64
+    )(image[None])[1][0]
     error = (compact[9].float() @ encoder.pca.T + encoder.pca_mean - raw).norm() / raw.norm()
-    assert printed and 0.3 < error.item() * 100 / float(printed[2]) < 3  # this view's against eight objects'
+    assert (
+        printed and 0.3 < error.item() * 100 / float(printed[2]) < 3
+    )  # this view's against eight objects'
     call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN)
     assert weights(tmp_path / "run")["unet.amalgamation.weight"].shape[1] == 64
 
@@ -147,16 +172,34 @@ def test_the_vae_as_codec(tree, tmp_path):
     """--codec sd from a file: archived moments are the VAE's, and training, preview and sampling run on them."""
     torch.manual_seed(0)
     vae = AutoencoderKL(32, (1, 1), 1)
-    torch.save({f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}, tmp_path / "vae.ckpt")
-    flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + ["--vae", tmp_path / "vae.ckpt"]
-    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *flags, "--workers", 0, "--precision", "fp32")
+    torch.save(
+        {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}, tmp_path / "vae.ckpt"
+    )
+    flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + [
+        "--vae",
+        tmp_path / "vae.ckpt",
+    ]
+    call(
+        precompute_dino,
+        "--data",
+        tree,
+        "--archive",
+        tmp_path / "a",
+        *flags,
+        "--workers",
+        0,
+        "--precision",
+        "fp32",
+    )
     shard = load_file(tmp_path / "a" / "00000.safetensors")
     image, _ = images.load_image(tree / "00001" / "002.png", 32)
     with torch.no_grad():
         mean, logvar = vae.encode(image[None])
     torch.testing.assert_close(shard["latent_mean"][6].float(), mean[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(shard["latent_logvar"][6].float(), logvar[0], atol=2e-3, rtol=2e-3)
-    call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN, "--preview_every", 6)
+    call(
+        train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN, "--preview_every", 6
+    )
     assert (tmp_path / "run" / "previews" / "step_0000006.png").exists()
     call(sample, "--ckpt", tmp_path / "run", "--image", tree / "00001" / "002.png", "--steps", 2, "--device", "cpu",
          "--vae", tmp_path / "vae.ckpt", "--out", tmp_path / "views")  # fmt: skip
@@ -167,8 +210,12 @@ def test_pairs_are_distinct_deterministic_and_cover_an_epoch():
     counts = np.array([4, 2, 12, 3])
     draws = [data.locate(position, 0, counts) for position in range(400)]
     assert draws == [data.locate(position, 0, counts) for position in range(400)]
-    assert all(cond != target and max(cond, target) < counts[index] for index, cond, target in draws)
-    assert all(sorted(index for index, _, _ in draws[e : e + 4]) == [0, 1, 2, 3] for e in range(0, 400, 4))
+    assert all(
+        cond != target and max(cond, target) < counts[index] for index, cond, target in draws
+    )
+    assert all(
+        sorted(index for index, _, _ in draws[e : e + 4]) == [0, 1, 2, 3] for e in range(0, 400, 4)
+    )
     assert len({draw[1:] for draw in draws if draw[0] == 2}) > 40  # of 132 ordered pairs, 100 drawn
     assert draws != [data.locate(position, 1, counts) for position in range(400)]
 
@@ -178,7 +225,10 @@ def test_a_process_reads_its_slice_of_the_global_batch():
     assert whole == list(range(24, 40))
     for accumulate, world in ((2, 1), (1, 2), (2, 2)):
         batch = 8 // (accumulate * world)
-        parts = [list(data.batch_positions(3, 5, accumulate, batch, rank, world)) for rank in range(world)]
+        parts = [
+            list(data.batch_positions(3, 5, accumulate, batch, rank, world))
+            for rank in range(world)
+        ]
         assert sorted(sum((sum(part, []) for part in parts), [])) == whole
 
 
@@ -207,7 +257,18 @@ def test_ema_follows_the_raw_weights(run, archive, tmp_path):
     """One step from the checkpoint at 3, by hand: decay 4/13 of the old average, 9/13 of the new weights."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step_0000006")
-    call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN, "--save_every", 1, "--keep", 9)
+    call(
+        train,
+        "--archive",
+        archive,
+        "--out",
+        tmp_path / "run",
+        *TRAIN,
+        "--save_every",
+        1,
+        "--keep",
+        9,
+    )
     before, after = weights(run, 3), weights(tmp_path / "run", 4)
     raw = raw_weights(tmp_path / "run", 4)
     name = "unet.middle_block.0.in_layers.2.weight"
@@ -218,19 +279,28 @@ def test_resuming_is_bit_for_bit(run, archive, tmp_path):
     """Training 3 + 3 steps equals training 6: weights, EMA, log."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step_0000006")
-    (tmp_path / "run" / "log.jsonl").open("a").write('{"step": 9, "loss": 0}\n{"step": 4, "lo')  # lines to be dropped
+    (tmp_path / "run" / "log.jsonl").open("a").write(
+        '{"step": 9, "loss": 0}\n{"step": 4, "lo'
+    )  # lines to be dropped
     call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN)
     assert_same_run(run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("batch, accumulate, nproc", [(8, 1, 0), (2, 2, 2)])
-def test_the_split_of_a_global_batch_changes_only_rounding(run, archive, tmp_path, batch, accumulate, nproc):
+def test_the_split_of_a_global_batch_changes_only_rounding(
+    run, archive, tmp_path, batch, accumulate, nproc
+):
     done = script("train", "--archive", archive, "--out", tmp_path / "run", *TRAIN, "--batch_size", batch,
                   "--accumulate", accumulate, "--workers", 2, nproc=nproc)  # fmt: skip
     assert "Grad strides" not in done.stderr  # DDP would copy each gradient
-    losses = [[line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")]
+    losses = [
+        [line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    held_out = [[line["val_loss"] for line in log_lines(r) if "val_loss" in line] for r in (run, tmp_path / "run")]
+    held_out = [
+        [line["val_loss"] for line in log_lines(r) if "val_loss" in line]
+        for r in (run, tmp_path / "run")
+    ]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
 
 
@@ -239,10 +309,14 @@ def test_online_training_equals_training_from_the_archive(run, tree, archive, tm
     tensors = load_file(archive / "frozen.safetensors")
     from safetensors.torch import save_file
 
-    save_file({k.removeprefix("encoder."): v for k, v in tensors.items()}, tmp_path / "vit.safetensors")
+    save_file(
+        {k.removeprefix("encoder."): v for k, v in tensors.items()}, tmp_path / "vit.safetensors"
+    )
     frozen = [tmp_path / "vit.safetensors" if flag == "random" else flag for flag in FROZEN]
     call(train, "--online", "--data", tree, *frozen, "--out", tmp_path / "run", *TRAIN)
-    losses = [[line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")]
+    losses = [
+        [line["loss"] for line in log_lines(r) if "loss" in line] for r in (run, tmp_path / "run")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
@@ -264,10 +338,24 @@ def test_log_and_preview(run):
     ["--prediction", "x0"],
 ])  # fmt: skip
 def test_every_training_flag_changes_the_result(run, archive, tmp_path, changes):
-    call(train, "--archive", archive, "--out", tmp_path / "run", *TRAIN, *changes, "--val_every", 0, "--log_every", 6)
+    call(
+        train,
+        "--archive",
+        archive,
+        "--out",
+        tmp_path / "run",
+        *TRAIN,
+        *changes,
+        "--val_every",
+        0,
+        "--log_every",
+        6,
+    )
     ours, theirs = weights(run), weights(tmp_path / "run")
     names = ours.keys() & theirs.keys()
-    assert ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in names)
+    assert ours.keys() != theirs.keys() or any(
+        not torch.equal(ours[name], theirs[name]) for name in names
+    )
 
 
 def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path, capsys):
@@ -276,7 +364,17 @@ def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path,
     small = [8 if flag == 7 else flag for flag in FROZEN]
     clip = ["--encoder", "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"]
     for name, flags in (("dino", []), ("clip", clip)):
-        call(precompute_dino, "--data", tree, "--archive", tmp_path / name, *small, *flags, "--workers", 0)
+        call(
+            precompute_dino,
+            "--data",
+            tree,
+            "--archive",
+            tmp_path / name,
+            *small,
+            *flags,
+            "--workers",
+            0,
+        )
     gaussian = ["--t_sampling", "gaussian", "--t_mean", 1000, "--t_std", 200]
     rows = {
         "zero123": ("clip", ["--no-amalgamate", "--cc_lr", 10]),
@@ -287,25 +385,48 @@ def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path,
     }
     losses = {}
     for row, (archive, flags) in rows.items():
-        call(train, "--archive", tmp_path / archive, "--init", run, "--out", tmp_path / row, *TRAIN, *flags)
+        call(
+            train,
+            "--archive",
+            tmp_path / archive,
+            "--init",
+            run,
+            "--out",
+            tmp_path / row,
+            *TRAIN,
+            *flags,
+        )
         assert "init: loaded" in capsys.readouterr().out
         losses[row] = [line["loss"] for line in log_lines(tmp_path / row) if "loss" in line]
     assert losses["zero123"][0] != losses["gaussian"][0] != losses["dino"][0]
-    assert losses["gaussian"][0] == losses["amalgamation"][0] and losses["gaussian"][1] != losses["amalgamation"][1]
+    assert (
+        losses["gaussian"][0] == losses["amalgamation"][0]
+        and losses["gaussian"][1] != losses["amalgamation"][1]
+    )
     assert losses["dino"][1:] != losses["all"][1:]
 
 
-@pytest.mark.parametrize("name", ["precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"])
+@pytest.mark.parametrize(
+    "name", ["precompute_dino", "train", "sample", "evaluate", "visualize", "pretrained"]
+)
 def test_every_flag_has_help_and_is_used(name):
     """No flag that does nothing: each is read as args.FLAG somewhere."""
     source = "".join(
         path.read_text()
-        for path in (*ROOT.glob("*.py"), ROOT / "lib" / "checkpoints.py", ROOT / "lib" / "distributed.py")
+        for path in (
+            *ROOT.glob("*.py"),
+            ROOT / "lib" / "checkpoints.py",
+            ROOT / "lib" / "distributed.py",
+        )
     )
     text = (ROOT / f"{name}.py").read_text()
-    for flag, rest in re.findall(r'(?:add_argument|flag)\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S):
+    for flag, rest in re.findall(
+        r'(?:add_argument|flag)\(\s*"--(\w+)"(.*?)\)\s*(?:#|\n)', text, re.S
+    ):
         assert "help=" in rest, f"{name}.py --{flag} has no help"
-        assert re.search(rf"\bargs\.{flag}\b|\"{flag}\"", source.replace(f'"--{flag}"', "")), f"--{flag} is not used"
+        assert re.search(rf"\bargs\.{flag}\b|\"{flag}\"", source.replace(f'"--{flag}"', "")), (
+            f"--{flag} is not used"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -322,7 +443,9 @@ def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
         def forward(self, x_t, t, condition, keep_context=None, keep_latent=None):
             ab = alpha_bar[t][:, None, None, None]
             noise = (x_t - ab.sqrt() * x0) / (1 - ab).sqrt()
-            return {"eps": noise, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x0, "x0": x0}[prediction]
+            return {"eps": noise, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x0, "x0": x0}[
+                prediction
+            ]
 
     oracle = Oracle()
     oracle.alpha_bar, oracle.prediction = alpha_bar, prediction
@@ -335,7 +458,10 @@ def test_ddim_step_keeps_the_marginal():
     """From q(x_t | x0), a step with eta = 1 lands in q(x_s | x0): mean and variance, by a million draws."""
     generator = torch.Generator().manual_seed(0)
     alpha_bar = noise_schedule()
-    x0, noise, fresh = torch.full((1, 1, 1000, 1000), 0.7), *torch.randn(2, 1, 1, 1000, 1000, generator=generator)
+    x0, noise, fresh = (
+        torch.full((1, 1, 1000, 1000), 0.7),
+        *torch.randn(2, 1, 1, 1000, 1000, generator=generator),
+    )
     x_s = sample.ddim_step(x0, noise, alpha_bar[600], alpha_bar[300], 1.0, fresh)
     assert x_s.mean().item() == pytest.approx(0.7 * alpha_bar[300].sqrt().item(), abs=3e-3)
     assert x_s.std().item() == pytest.approx((1 - alpha_bar[300]).sqrt().item(), abs=3e-3)
@@ -351,7 +477,9 @@ def test_camera_moves_are_relative_poses():
     theta, phi, radius = 1.2, 0.4, 1.8
     moved = look_at(theta - np.radians(20), phi + np.radians(30), radius + 0.1)
     pose = data.relative_pose(look_at(theta, phi, radius), moved)
-    torch.testing.assert_close(sample.camera_moves([30.0], [20.0], [0.1])[0], pose, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        sample.camera_moves([30.0], [20.0], [0.1])[0], pose, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_sample_script(run, tree, tmp_path):
@@ -361,19 +489,39 @@ def test_sample_script(run, tree, tmp_path):
     call(sample, *flags, "--image", image, "--orbit", 4, "--out", tmp_path / "b", "--batch_size", 3)
     folders = [tmp_path / which / "000" for which in "ab"]
     views = [[np.asarray(Image.open(f / f"{i:03d}.png"), float) for i in range(4)] for f in folders]
-    assert np.abs(np.array(views[0]) - np.array(views[1])).max() <= 1  # batches change nothing but rounding
+    assert (
+        np.abs(np.array(views[0]) - np.array(views[1])).max() <= 1
+    )  # batches change nothing but rounding
     assert np.abs(views[0][0] - views[0][1]).max() > 0
     assert Image.open(folders[0] / "orbit.gif").n_frames == 4
     x0 = np.load(folders[0] / "x0.npz")
     assert x0["x0"].shape == (2, 4, 32, 32, 3) and x0["t"].tolist() == [999, 332]
-    assert np.abs(x0["x0"][-1] - np.array(views[0])).max() == 0  # the last predicted x0 is the sample
+    assert (
+        np.abs(x0["x0"][-1] - np.array(views[0])).max() == 0
+    )  # the last predicted x0 is the sample
     for name in ("input.png", "grid.png"):
         Image.open(folders[0] / name).verify()
-    call(sample, *flags, "--image", tree / "00011", "--azimuth", 10, 20, "--elevation", 5, "--out", tmp_path / "c")
+    call(
+        sample,
+        *flags,
+        "--image",
+        tree / "00011",
+        "--azimuth",
+        10,
+        20,
+        "--elevation",
+        5,
+        "--out",
+        tmp_path / "c",
+    )
     assert len(list((tmp_path / "c").glob("*/001.png"))) == 4
     call(sample, *flags, "--image", image, "--azimuth", 0, "--seed", 1, "--out", tmp_path / "a")
     assert np.abs(np.asarray(Image.open(folders[0] / "000.png"), float) - views[0][0]).max() > 0
-    assert {path.name for path in folders[0].iterdir()} == {"000.png", "input.png", "grid.png"}  # nothing of before
+    assert {path.name for path in folders[0].iterdir()} == {
+        "000.png",
+        "input.png",
+        "grid.png",
+    }  # nothing of before
     shutil.copytree(tree / "00011", tmp_path / "e" / "000")
     call(sample, *flags, "--image", image, "--azimuth", 0, "--out", tmp_path / "e")
     assert (tmp_path / "e" / "000" / "003.png").exists()  # a folder that is not sample.py's
@@ -384,7 +532,9 @@ def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_pa
     (tmp_path / "b.png").write_bytes(b"no picture")
     (tmp_path / "c.png").mkdir()
     with pytest.raises(InputError, match="b.png: unreadable image"):
-        call(sample, "--ckpt", run, "--device", "cpu", "--image", tmp_path, "--out", tmp_path / "out")
+        call(
+            sample, "--ckpt", run, "--device", "cpu", "--image", tmp_path, "--out", tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
     for mode, value in (("F", 0.5), ("I", 70_000)):
         Image.new(mode, (8, 8), value).save(tmp_path / "b.tiff")
@@ -396,7 +546,17 @@ def test_a_folder_of_photos_is_read_before_anything_is_sampled(run, tree, tmp_pa
                                          ("orbit", -3), ("steps", 0), ("save_x0", -1), ("seed", -1)])  # fmt: skip
 def test_flags_of_sampling_are_checked(run, tree, tmp_path, flag, value):
     with pytest.raises(InputError, match=f"--{flag}"):
-        call(sample, "--ckpt", run, "--image", tree / "00011" / "000.png", f"--{flag}", value, "--out", tmp_path / "x")
+        call(
+            sample,
+            "--ckpt",
+            run,
+            "--image",
+            tree / "00011" / "000.png",
+            f"--{flag}",
+            value,
+            "--out",
+            tmp_path / "x",
+        )
 
 
 def test_photos_are_framed_as_zero123_frames_them(tmp_path):
@@ -413,18 +573,29 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
         rows, columns = (np.flatnonzero((image[1] < 0).any(dim=axis)) for axis in (1, 0))
         assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (28, 228, 78, 178), name
         assert image[:, 0, 0].tolist() == [1, 1, 1]
-    faint = np.full((64, 96, 3), 160, np.uint8) + np.random.default_rng(0).integers(-2, 3, (64, 96, 1), np.int8)
+    faint = np.full((64, 96, 3), 160, np.uint8) + np.random.default_rng(0).integers(
+        -2, 3, (64, 96, 1), np.int8
+    )
     faint[10:20, 50:70] = 176  # not far from the background
     faint[60, 90] = 255  # a speck
     Image.fromarray(faint.astype(np.uint8)).save(tmp_path / "faint.png")
     image = images.load_photo(tmp_path / "faint.png", 256)
     rows, columns = (np.flatnonzero((image[1] < 0.8).any(dim=axis)) for axis in (1, 0))
-    assert np.abs(np.subtract((columns[0], columns[-1] + 1, rows[0], rows[-1] + 1), (28, 228, 78, 178))).max() < 3
+    assert (
+        np.abs(
+            np.subtract((columns[0], columns[-1] + 1, rows[0], rows[-1] + 1), (28, 228, 78, 178))
+        ).max()
+        < 3
+    )
     thin = np.full((64, 96, 3), 255, np.uint8)
     thin[10:20, 50:70:19] = thin[10:20:9, 50:70] = 0  # a frame one pixel wide
     Image.fromarray(thin).save(tmp_path / "thin.png")
-    assert (images.load_photo(tmp_path / "thin.png", 256)[:, 80:176, 28:228].amin((0, 1)) < 0.5).all()
-    corners = np.full((64, 96, 3), 240, np.uint8)  # lit unevenly: a colour can't tell its corners from the object
+    assert (
+        images.load_photo(tmp_path / "thin.png", 256)[:, 80:176, 28:228].amin((0, 1)) < 0.5
+    ).all()
+    corners = np.full(
+        (64, 96, 3), 240, np.uint8
+    )  # lit unevenly: a colour can't tell its corners from the object
     corners[:, :12] = 180
     corners[10:20, 50:70] = 30
     Image.fromarray(corners).save(tmp_path / "corners.png")
@@ -433,7 +604,9 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
     ramp = np.linspace(0, 65535, 3000).astype(">u2")[None].repeat(40, 0)
     Image.frombytes("I;16B", (3000, 40), ramp.tobytes()).save(tmp_path / "big.tiff")
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "little.png")
-    big, little = (images.load_photo(tmp_path / name, 64, crop=False) for name in ("big.tiff", "little.png"))
+    big, little = (
+        images.load_photo(tmp_path / name, 64, crop=False) for name in ("big.tiff", "little.png")
+    )
     assert (big - little).abs().max() < 0.01
     deep = np.full((90, 9000), 65535, np.uint16)  # which PIL can't shrink by its usual way
     deep[30:60, 3000:6000] = 20000
@@ -481,7 +654,17 @@ def test_a_bad_file_is_named(tree, tmp_path, what, reader):
 
 def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_path):
     """--archive with --online: the run from the archive's own features, to their fp16 rounding."""
-    flags = [*FROZEN[6:-2], "--archive", archive, "--online", "--data", tree, "--out", tmp_path / "run", *TRAIN]
+    flags = [
+        *FROZEN[6:-2],
+        "--archive",
+        archive,
+        "--online",
+        "--data",
+        tree,
+        "--out",
+        tmp_path / "run",
+        *TRAIN,
+    ]
     call(train, *flags)
     ours, theirs = log_lines(tmp_path / "run"), log_lines(run)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -489,7 +672,9 @@ def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_p
     np.testing.assert_allclose(*losses, rtol=2e-4)
     assert losses[0] != losses[1]
     pairs = data.Archive(archive, "train", 0, tree)
-    torch.testing.assert_close(pairs.image(3, 2), images.load_image(tree / "00003" / "002.png", 32)[0])
+    torch.testing.assert_close(
+        pairs.image(3, 2), images.load_image(tree / "00003" / "002.png", 32)[0]
+    )
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "00003" / "001.png").unlink()
     with pytest.raises(InputError, match="00003: no readable view has view"):
@@ -519,7 +704,10 @@ def test_skip_bad_passes_over_objects_and_whole_shards(tree, tmp_path, capsys, m
     call(precompute_dino, *flags, "--archive", tmp_path / "a", "--skip_bad")
     printed = capsys.readouterr().out
     assert "skipped 3:" in printed and "00004: no view has both" in printed
-    assert not archives.shard_path(tmp_path / "a", 2).exists() and len(data.Archive(tmp_path / "a", "all")) == 9
+    assert (
+        not archives.shard_path(tmp_path / "a", 2).exists()
+        and len(data.Archive(tmp_path / "a", "all")) == 9
+    )
 
 
 def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, monkeypatch):
@@ -558,7 +746,12 @@ def test_a_workers_batch_is_made_in_shared_memory_and_its_maps_are_let_go(archiv
     before, pairs.count, maps = pairs[[0, 1]], 50_000, pairs.maps
     monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
     after = pairs[[0, 1]]
-    assert pairs.maps is not maps and pairs.count == 0 and not before["cls"].is_shared() and after["cls"].is_shared()
+    assert (
+        pairs.maps is not maps
+        and pairs.count == 0
+        and not before["cls"].is_shared()
+        and after["cls"].is_shared()
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -570,7 +763,9 @@ def test_without_amalgamation_no_patch_feature_is_read(archive):
 def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_path):
     """Each: a script, its arguments, what its one line must hold."""
     lonely = tmp_path / "lonely"
-    shutil.copytree(tree / "00000", lonely / "a", ignore=lambda *_: ["001.png", "002.png", "003.png"])
+    shutil.copytree(
+        tree / "00000", lonely / "a", ignore=lambda *_: ["001.png", "002.png", "003.png"]
+    )
     not_one = tmp_path / "not.safetensors"
     not_one.write_bytes(b"no checkpoint" * 99)
     image = tree / "00000" / "000.png"
@@ -605,4 +800,8 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
         done = script(name, *argv, check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1 and len(errors) == 1, (name, argv, done.stderr[-2000:])
-        assert named in errors[0] and "Traceback" not in done.stderr, (name, argv, done.stderr[-2000:])
+        assert named in errors[0] and "Traceback" not in done.stderr, (
+            name,
+            argv,
+            done.stderr[-2000:],
+        )

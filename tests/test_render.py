@@ -34,7 +34,9 @@ def stand_in(mesh: Path, name: str, folder: Path, options: dict):
         raise RuntimeError("Error: line one\nline two")
     if "setup" in name:
         raise InputError("no Blender here")
-    for i, pose in enumerate(render.sample_cameras(options["seed"], name, options["views"], options["zero123"])):
+    for i, pose in enumerate(
+        render.sample_cameras(options["seed"], name, options["views"], options["zero123"])
+    ):
         image = Image.new("RGBA", (8, 8))
         image.putpixel((3, 4), (255, 0, 0, 0 if "invisible" in name else 255))
         image.save(folder / f"{i:03d}.png")
@@ -50,7 +52,18 @@ def call(meshes: Path, out: Path, *argv) -> dict:
 
 
 def test_names_are_unique_and_tell_files_of_one_stem_apart(tmp_path):
-    touch(tmp_path, "a.obj", "b.obj", "b.stl", "B.PLY", "b.obj.glb", "sub/a.fbx", "sub.gltf", "a.mtl", ".hidden.obj")
+    touch(
+        tmp_path,
+        "a.obj",
+        "b.obj",
+        "b.stl",
+        "B.PLY",
+        "b.obj.glb",
+        "sub/a.fbx",
+        "sub.gltf",
+        "a.mtl",
+        ".hidden.obj",
+    )
     assert render.find_meshes(tmp_path) == {
         name: tmp_path / path
         for name, path in {"B.PLY": "B.PLY", "a": "a.obj", "b.obj": "b.obj", "b.obj.glb": "b.obj.glb",
@@ -68,7 +81,9 @@ def test_cameras_cover_the_sphere_and_look_at_the_origin(zero123):
         and 2.199 < radius.max() <= 2.2
         and radius.mean().item() == pytest.approx(1.85, abs=0.01)
     )
-    torch.testing.assert_close(poses[:, :, 3], torch.stack([0 * radius, 0 * radius, -radius], dim=1))
+    torch.testing.assert_close(
+        poses[:, :, 3], torch.stack([0 * radius, 0 * radius, -radius], dim=1)
+    )
     # On the sphere, E[z^4] = 1/5; directions of points in a cube have less of it.
     direction = centre / radius[:, None]
     moments = (direction**4).mean(0)
@@ -86,7 +101,9 @@ def test_a_view_depends_on_seed_name_and_its_index_only():
 def test_bad_meshes_stop_nothing_and_a_rerun_goes_on(tmp_path, capsys):
     names = ("good", "sub/good", "crash", "broken", "invisible", "short")
     meshes, out = touch(tmp_path / "in", *(f"{name}.obj" for name in names)), tmp_path / "out"
-    touch(out, ".rendering/crash/000.npy", "other/000.npy", "other/000.png")  # a killed run's, someone else's
+    touch(
+        out, ".rendering/crash/000.npy", "other/000.npy", "other/000.png"
+    )  # a killed run's, someone else's
     report = call(meshes, out)
     assert report["rendered"] == ["good", "sub/good"] and not report["skipped"]
     assert report["failed"] == {
@@ -96,8 +113,17 @@ def test_bad_meshes_stop_nothing_and_a_rerun_goes_on(tmp_path, capsys):
         "short": "1 views came out",
     }
     assert "2 rendered, 0 skipped, 4 failed" in capsys.readouterr().out
-    assert sorted(os.listdir(out)) == ["good", "other", "render_report.json", "sub", "valid_paths.json"]
-    assert data.list_objects(out) == ["good", "sub/good"] and len(data.list_views(out, "sub/good")) == 3
+    assert sorted(os.listdir(out)) == [
+        "good",
+        "other",
+        "render_report.json",
+        "sub",
+        "valid_paths.json",
+    ]
+    assert (
+        data.list_objects(out) == ["good", "sub/good"]
+        and len(data.list_views(out, "sub/good")) == 3
+    )
 
     before = (out / "good" / "000.png").stat().st_mtime_ns
     touch(meshes, "new.glb")
@@ -111,7 +137,9 @@ def test_bad_meshes_stop_nothing_and_a_rerun_goes_on(tmp_path, capsys):
 
 
 def test_a_mesh_that_hangs_is_given_up(tmp_path):
-    with pytest.raises(InputError, match="--meshes .*in: nothing could be rendered, .*report.json says why"):
+    with pytest.raises(
+        InputError, match="--meshes .*in: nothing could be rendered, .*report.json says why"
+    ):
         call(touch(tmp_path / "in", "hang.obj"), tmp_path / "out", "--timeout", 1)
     report = json.loads((tmp_path / "out" / "render_report.json").read_text())
     assert report["failed"] == {"hang": "not done after --timeout 1 seconds"}
@@ -152,7 +180,9 @@ def test_missing_bpy_a_folder_without_meshes_and_a_damaged_report(tmp_path, monk
     with pytest.raises(InputError, match="--meshes .*empty: no .glb .gltf .obj"):
         call(empty, tmp_path / "out")
     monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"bpy.* not installed: pip install -r tools/render-requirements.txt$"):
+    with pytest.raises(
+        InputError, match=r"bpy.* not installed: pip install -r tools/render-requirements.txt$"
+    ):
         render.main(["--meshes", str(meshes), "--out", str(tmp_path / "out")])
     assert (Path(__file__).parents[1] / "tools" / "render-requirements.txt").exists()
     touch(tmp_path / "torn", "render_report.json")
@@ -173,20 +203,40 @@ def write_obj(path: Path, red: np.ndarray, blue: np.ndarray):
         lines += [f"usemtl {colour}", *(f"v {x} {y} {z}" for x, y, z in centre + 0.5 * OCTAHEDRON)]
         lines += ["f " + " ".join(str(6 * k + v + 1) for v in face) for face in FACES]
     path.write_text("\n".join(lines))
-    path.with_suffix(".mtl").write_text("newmtl red\nKd 1 0 0\nKs 0 0 0\nnewmtl blue\nKd 0 0 1\nKs 0 0 0\n")
+    path.with_suffix(".mtl").write_text(
+        "newmtl red\nKd 1 0 0\nKs 0 0 0\nnewmtl blue\nKd 0 0 1\nKs 0 0 0\n"
+    )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bpy") is None, reason="bpy is optional")  # workers must import it first
+@pytest.mark.skipif(
+    importlib.util.find_spec("bpy") is None, reason="bpy is optional"
+)  # workers must import it first
 def test_blender_puts_points_where_the_poses_say(tmp_path):
     red, shift = np.array([0.45, 0.2, 0.3]), np.array([7, -3, 2])
     (tmp_path / "in").mkdir()
     write_obj(tmp_path / "in" / "pair.obj", shift + 10 * red, shift - 10 * red)  # longest edge 10
     touch(tmp_path / "in", "garbage.glb", "garbage.ply")
     out, size = tmp_path / "out", 96
-    argv = ["--meshes", tmp_path / "in", "--out", out, "--views", 5, "--size", size, "--samples", 8, "--workers", 1]
+    argv = [
+        "--meshes",
+        tmp_path / "in",
+        "--out",
+        out,
+        "--views",
+        5,
+        "--size",
+        size,
+        "--samples",
+        8,
+        "--workers",
+        1,
+    ]
     render.main([*map(str, argv), "--up", "z"])
     report = json.loads((out / "render_report.json").read_text())
-    assert report["rendered"] == ["pair"] and sorted(report["failed"]) == ["garbage.glb", "garbage.ply"]
+    assert report["rendered"] == ["pair"] and sorted(report["failed"]) == [
+        "garbage.glb",
+        "garbage.ply",
+    ]
     for image, npy in data.list_views(out, "pair"):
         rgba, pose = np.asarray(Image.open(image)).astype(float), data.read_pose(npy)
         assert rgba.shape == (size, size, 4) and rgba[..., 3].max() == 255 and rgba[0, 0, 3] == 0

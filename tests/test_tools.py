@@ -6,7 +6,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call
+from helpers import ROOT, call
 
 from lib.autoencoder import AutoencoderKL
 from lib.cli import InputError
@@ -21,8 +21,22 @@ BLANK = {"data": "d", "split": "val", "protocol": "pairs", "pairs": 4, "image_si
 def score(run: str | None, psnr: float, row: str = "samples", step: int = 20, **changed) -> dict:
     """A line of evaluate.py's, a baseline's without a run."""
     line = BLANK | {"row": row, "psnr": psnr, "lpips": None} | changed
-    flags = {"out": run, "seed": run and int(run[-1]), "t_mean": 700, "layers": [3, 7], "steps": 90, "global_batch": 8}
-    own = {"steps": 2, "seed": 0, "sampler": "ddim", "checkpoint": run, "step": step, "run_args": flags}
+    flags = {
+        "out": run,
+        "seed": run and int(run[-1]),
+        "t_mean": 700,
+        "layers": [3, 7],
+        "steps": 90,
+        "global_batch": 8,
+    }
+    own = {
+        "steps": 2,
+        "seed": 0,
+        "sampler": "ddim",
+        "checkpoint": run,
+        "step": step,
+        "run_args": flags,
+    }
     return own | line if run else line
 
 
@@ -30,12 +44,26 @@ def rows(path, lines, capsys, *argv) -> list[list[str]]:
     """The table's cells, below its head, of the lines."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     call(table, "--eval", path, "--by", "t_mean", "layers", *argv)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
 
 
-def test_table_has_the_last_checkpoint_of_each_run_and_baselines_of_the_same_pairs(tmp_path, capsys):
-    lines = [score(None, 1.0, "white", pairs=8), score(None, 2.0, "white"), score(None, 3.0, "white", split="train")]
-    lines += [score("a0", 5.0, step=10), score("a0", 10.0), score("a1", 20.0), score("a0", 4.0, "poses shuffled")]
+def test_table_has_the_last_checkpoint_of_each_run_and_baselines_of_the_same_pairs(
+    tmp_path, capsys
+):
+    lines = [
+        score(None, 1.0, "white", pairs=8),
+        score(None, 2.0, "white"),
+        score(None, 3.0, "white", split="train"),
+    ]
+    lines += [
+        score("a0", 5.0, step=10),
+        score("a0", 10.0),
+        score("a1", 20.0),
+        score("a0", 4.0, "poses shuffled"),
+    ]
     foreign = score("z0", 8.0) | {"run_args": None, "step": None}
     lines += [foreign, foreign | {"steps": 3, "psnr": 9.0}, foreign | {"checkpoint": "z1"}]
     assert rows(tmp_path / "eval.jsonl", lines, capsys) == [
@@ -51,7 +79,9 @@ def test_table_refuses_two_settings_of_one_run(tmp_path, capsys):
     path, lines = tmp_path / "eval.jsonl", [score("a0", 5.0), score("a0", 6.0, steps=3)]
     with pytest.raises(InputError, match="--eval: steps 2 and 3 don't compare; choose by --where"):
         rows(path, lines, capsys)
-    assert rows(path, lines, capsys, "--where", "steps=3") == [["700", "[3, 7]", "samples", "1", "6"]]
+    assert rows(path, lines, capsys, "--where", "steps=3") == [
+        ["700", "[3, 7]", "samples", "1", "6"]
+    ]
     with pytest.raises(InputError, match="eval.jsonl: no scores of runs that fulfil --where"):
         rows(path, lines, capsys, "--where", "steps=4")
 
@@ -64,20 +94,33 @@ def test_table_refuses_to_average_runs_that_were_not_trained_equally_long(tmp_pa
     name = key if key == "step" else f"train.{key}"
     with pytest.raises(InputError, match=f"--eval: {name} .*40.* don't compare; choose by --where"):
         rows(path, lines, capsys)
-    assert rows(path, lines, capsys, "--where", f"{name}=40") == [["700", "[3, 7]", "samples", "1", "6"]]
+    assert rows(path, lines, capsys, "--where", f"{name}=40") == [
+        ["700", "[3, 7]", "samples", "1", "6"]
+    ]
 
 
 def test_samples_a_pair_are_evaluates_and_tell_lines_apart(tmp_path, capsys):
-    path, lines = tmp_path / "eval.jsonl", [score("a0", 5.0, samples=1), score("a0", 6.0, samples=3)]
+    path, lines = (
+        tmp_path / "eval.jsonl",
+        [score("a0", 5.0, samples=1), score("a0", 6.0, samples=3)],
+    )
     with pytest.raises(InputError, match="--eval: samples 1 and 3 don't compare"):
         rows(path, lines, capsys)
     for condition, psnr in (("samples=1", "5"), ("samples=3", "6")):
         assert rows(path, lines, capsys, "--where", condition)[0][-1] == psnr
-    assert rows(path, lines[:1], capsys, "--where", "samples_seen=160")[0][-1] == "5"  # 20 steps of 8
+    assert (
+        rows(path, lines[:1], capsys, "--where", "samples_seen=160")[0][-1] == "5"
+    )  # 20 steps of 8
 
 
 def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path):
-    shape = dict(in_channels=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
+    shape = dict(
+        in_channels=8,
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+    )
     model = NovelViewModel(cls_dim=12, context_dim=16, num_heads=4, **shape)
     vae, clip = AutoencoderKL(32, (1, 1), 1), SimpleNamespace(name=convert.pretrained.CLIP)
     with pytest.raises(InputError, match="--ckpt: 4 attention heads"):
@@ -87,17 +130,42 @@ def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path
         with pytest.raises(InputError, match=f"--out x{suffix}: "):
             call(convert, "--ckpt", "none", "--out", f"x{suffix}")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/unet/diffusion_pytorch_model.safetensors: could not be written"):
+    with pytest.raises(
+        InputError, match="file/unet/diffusion_pytorch_model.safetensors: could not be written"
+    ):
         convert.write_diffusers(tmp_path / "file", model, vae, clip)
     convert.write_diffusers(tmp_path / "folder", model, vae, clip)
     assert json.loads((tmp_path / "folder/unet/config.json").read_text())["attention_head_dim"] == 4
 
 
 def test_consistency_of_orbits_that_show_too_little(run, tmp_path):
-    for views, words in ((1, "00000 has 1 view"), (2, "00000 has 2 view"), (3, "neighbouring views of no orbit")):
-        call(shapes, "--out", tmp_path / str(views), "--objects", 1, "--views", views, "--size", 32, "--orbit")
+    for views, words in (
+        (1, "00000 has 1 view"),
+        (2, "00000 has 2 view"),
+        (3, "neighbouring views of no orbit"),
+    ):
+        call(
+            shapes,
+            "--out",
+            tmp_path / str(views),
+            "--objects",
+            1,
+            "--views",
+            views,
+            "--size",
+            32,
+            "--orbit",
+        )
         with pytest.raises(InputError, match=f"--data .*/{views}: {words}"):
-            call(consistency, "--ckpt", run, "--data", tmp_path / str(views), "--out", tmp_path / "x.jsonl")
+            call(
+                consistency,
+                "--ckpt",
+                run,
+                "--data",
+                tmp_path / str(views),
+                "--out",
+                tmp_path / "x.jsonl",
+            )
 
 
 def test_consistencys_seeds_are_one_flag_and_the_recorded_ones(run, tmp_path, capsys):
@@ -106,7 +174,9 @@ def test_consistencys_seeds_are_one_flag_and_the_recorded_ones(run, tmp_path, ca
     for argv in (("--seed", 3), ("--seeds", 3, 4)):
         call(consistency, "--ckpt", run, "--data", tmp_path / "orbit", "--steps", 1, "--scale", 1, *argv,
              "--out", tmp_path / "new/x.jsonl")  # fmt: skip
-        scores.append([json.loads(line) for line in (tmp_path / "new/x.jsonl").read_text().splitlines()])
+        scores.append(
+            [json.loads(line) for line in (tmp_path / "new/x.jsonl").read_text().splitlines()]
+        )
     assert len(scores[0]) == 4 and scores[0] == [line for line in scores[1] if line["seed"] == 3]
     assert "nan" not in capsys.readouterr().out
 
@@ -114,13 +184,31 @@ def test_consistencys_seeds_are_one_flag_and_the_recorded_ones(run, tmp_path, ca
 @pytest.mark.parametrize("tool", [consistency, steps])
 def test_wrong_flags_fail_before_the_hour(tool, tmp_path):
     (tmp_path / "file").touch()
-    for steps_, out, words in ((0, "x", "--steps 0"), (1001, "x", "--steps 1001"), (2, "file/x", "could not be writ")):
+    for steps_, out, words in (
+        (0, "x", "--steps 0"),
+        (1001, "x", "--steps 1001"),
+        (2, "file/x", "could not be writ"),
+    ):
         with pytest.raises(InputError, match=words):
-            call(tool, "--ckpt", "none", "--data", "none", "--steps", steps_, "--out", tmp_path / out)
+            call(
+                tool, "--ckpt", "none", "--data", "none", "--steps", steps_, "--out", tmp_path / out
+            )
     (tmp_path / "x.jsonl").write_text("kept")
     out = tmp_path / ("x" if tool is steps else "x.jsonl")
     with pytest.raises(InputError, match="none"):
-        call(tool, "--ckpt", tmp_path / "none", "--data", "none", "--steps", 2, "--out", out, "--device", "cpu")
+        call(
+            tool,
+            "--ckpt",
+            tmp_path / "none",
+            "--data",
+            "none",
+            "--steps",
+            2,
+            "--out",
+            out,
+            "--device",
+            "cpu",
+        )
     assert (tmp_path / "x.jsonl").read_text() == "kept"
 
 
@@ -133,10 +221,18 @@ def test_the_ablation_stops_where_its_training_was_stopped(tmp_path):
     (tmp_path / "out" / "data").mkdir(parents=True)
     for stop, trained, scored in (("pretrained", 1, 0), ("runs/uniform-0", 2, 0), ("none", 4, 3)):
         (tmp_path / "calls").write_text("")
-        env = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "SEEDS": "0", "MEANS": "0", "STDS": ""}
+        env = os.environ | {
+            "PYTHON": str(stub),
+            "OUT": str(tmp_path / "out"),
+            "SEEDS": "0",
+            "MEANS": "0",
+            "STDS": "",
+        }
         for name in ("uniform-0", "mean0-0", "amalgamate-0"):
             (tmp_path / "out" / "runs" / name).mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["bash", ROOT / "studies/ablation.sh"], env=env | {"STOP": stop}, timeout=60)
+        done = subprocess.run(
+            ["bash", ROOT / "studies/ablation.sh"], env=env | {"STOP": stop}, timeout=60
+        )
         calls = (tmp_path / "calls").read_text()
         assert (calls.count("train.py"), calls.count("evaluate.py")) == (trained, scored)
         assert (done.returncode == 0) == (stop == "none")

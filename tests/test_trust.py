@@ -40,19 +40,32 @@ def reseal(path: Path, change) -> None:
         meta = json.loads(file.metadata()["efficient_3dim"])
     meta.pop("sha256")
     meta = change(meta)
-    save_file(tensors, path, {"efficient_3dim": json.dumps(meta | {"sha256": checkpoints.checksum(meta, tensors)})})
+    save_file(
+        tensors,
+        path,
+        {"efficient_3dim": json.dumps(meta | {"sha256": checkpoints.checksum(meta, tensors)})},
+    )
 
 
 def test_another_format_version_is_refused(small, tmp_path):
-    step, archive = shutil.copytree(small / "at4" / "step_0000004", tmp_path / "step_0000004"), tmp_path / "archive"
+    step, archive = (
+        shutil.copytree(small / "at4" / "step_0000004", tmp_path / "step_0000004"),
+        tmp_path / "archive",
+    )
     torch.save(load_state(step) | {"format": 99}, step / "state.pt")
     shutil.copytree(small / "archive", archive)
-    text = (archive / "manifest.json").read_text().replace(f'"format": {ARCHIVE_FORMAT}', '"format": 99')
+    text = (
+        (archive / "manifest.json")
+        .read_text()
+        .replace(f'"format": {ARCHIVE_FORMAT}', '"format": 99')
+    )
     (archive / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="step_0000004: checkpoint format 99, this code reads"):
         checkpoints.newest_checkpoint(tmp_path)
     reseal(step / "model.safetensors", lambda meta: meta | {"format": 99})
-    with pytest.raises(InputError, match="model.safetensors: checkpoint format 99, this code reads"):
+    with pytest.raises(
+        InputError, match="model.safetensors: checkpoint format 99, this code reads"
+    ):
         pretrained.load_checkpoint(step)
     with pytest.raises(InputError, match="manifest.json: archive format 99, this code reads"):
         data.Archive(archive, "train")
@@ -64,18 +77,25 @@ def test_no_pickle_is_executed(small, tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     (tmp_path / "run" / "step_0000001").mkdir(parents=True)
-    state, init, ckpt, npy = (tmp_path / name for name in ("run/step_0000001/state.pt", "i.pt", "c.ckpt", "p.npy"))
+    state, init, ckpt, npy = (
+        tmp_path / name for name in ("run/step_0000001/state.pt", "i.pt", "c.ckpt", "p.npy")
+    )
     reads = {
         state: lambda: checkpoints.newest_checkpoint(tmp_path / "run"),
         ckpt: lambda: pretrained.load_checkpoint(ckpt),
     }
-    reads |= {npy: lambda: data.read_pose(npy), init: training(small, tmp_path / "new", "--init", init)}
+    reads |= {
+        npy: lambda: data.read_pose(npy),
+        init: training(small, tmp_path / "new", "--init", init),
+    }
     reads[small] = lambda: pretrained.read_tensors(ckpt)
     for path, read in reads.items():
         path = ckpt if path == small else path
         for attempt in range(3 if path != npy else 1):
             if attempt < 2:
-                torch.save({"state_dict": Bomb()}, path, _use_new_zipfile_serialization=attempt == 0)
+                torch.save(
+                    {"state_dict": Bomb()}, path, _use_new_zipfile_serialization=attempt == 0
+                )
             else:
                 path.write_bytes(pickle.dumps(Bomb(), protocol=2))
             if path == npy:
@@ -108,7 +128,9 @@ def test_images_are_bounded_before_decoding_and_run_no_ghostscript(tmp_path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(InputError, match="unreadable image"):
         images.load_image(path, 32)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB: 9000 x 9000 would take 80
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    )  # kB: 9000 x 9000 would take 80
 
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
@@ -117,8 +139,14 @@ def test_images_are_bounded_before_decoding_and_run_no_ghostscript(tmp_path):
 def mutate(blob: bytes, rng: random.Random) -> bytes:
     """Flipped bits, a cut, an insertion, zeros, or two chunks swapped; half the time near an end, where headers are."""
     out, near = bytearray(blob), min(2048, len(blob))
-    at = rng.choice([rng.randrange(len(out)), rng.randrange(len(out)), rng.randrange(near), len(out) - near])
-    at, n, how = rng.randrange(at, min(at + near, len(out))), rng.choice([1, 4, 16, 200]), rng.randrange(5)
+    at = rng.choice(
+        [rng.randrange(len(out)), rng.randrange(len(out)), rng.randrange(near), len(out) - near]
+    )
+    at, n, how = (
+        rng.randrange(at, min(at + near, len(out))),
+        rng.choice([1, 4, 16, 200]),
+        rng.randrange(5),
+    )
     if how == 0:
         for i in rng.choices(range(at, min(at + 50, len(out))), k=min(n, 8)):
             out[i] ^= 1 << rng.randrange(8)
@@ -154,12 +182,25 @@ def without(values: dict, key: str) -> dict:
     return {name: value for name, value in values.items() if name != key}
 
 
-READERS = ["checkpoint", "metadata", "state", "shard", "manifest", "manifest's values", "npy", "png", "list", "ckpt"]
+READERS = [
+    "checkpoint",
+    "metadata",
+    "state",
+    "shard",
+    "manifest",
+    "manifest's values",
+    "npy",
+    "png",
+    "list",
+    "ckpt",
+]
 READERS += ["old ckpt", "latest", "log"]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkeypatch, capfd, reader):
+def test_mutated_files_are_read_rightly_or_refused(
+    small, tree, tmp_path, monkeypatch, capfd, reader
+):
     """Whatever but InputError escapes a reader fails this; so does a checkpoint or archive that reads otherwise."""
     monkeypatch.setattr(data, "SHARD_OBJECTS", 2)
     run, archive, root = tmp_path / "run", tmp_path / "archive", tmp_path / "tree"
@@ -192,7 +233,10 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
             pretrained.load_checkpoint(path)
 
     path, read = {
-        "checkpoint": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)[0].state_dict()),
+        "checkpoint": (
+            step / "model.safetensors",
+            lambda: pretrained.load_checkpoint(step)[0].state_dict(),
+        ),
         "metadata": (step / "model.safetensors", lambda: pretrained.load_checkpoint(step)),
         "state": (step / "state.pt", lambda: checkpoints.newest_checkpoint(run)[0]["model"]),
         "shard": (archive / "00001.safetensors", open_archive),
@@ -208,7 +252,11 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
     }[reader]
     if "ckpt" in reader:
         foreign = {k.replace("unet.", PREFIX["unet"], 1): v for k, v in model.state_dict().items()}
-        torch.save({"state_dict": foreign, "epoch": 1}, path, _use_new_zipfile_serialization=reader == "ckpt")
+        torch.save(
+            {"state_dict": foreign, "epoch": 1},
+            path,
+            _use_new_zipfile_serialization=reader == "ckpt",
+        )
     expected = {"checkpoint": model.state_dict(), "state": state["model"]}
     expected = (expected | dict.fromkeys(("shard", "manifest"), open_archive())).get(reader)
     rng, blob, refused = random.Random(reader), path.read_bytes(), 0
@@ -229,5 +277,7 @@ def test_mutated_files_are_read_rightly_or_refused(small, tree, tmp_path, monkey
             refused += 1
             assert len(str(error).splitlines()) == 1, error
         except BaseException as error:
-            raise AssertionError(f"{reader} {number}, kept as {tmp_path}/last: {error!r}") from error
+            raise AssertionError(
+                f"{reader} {number}, kept as {tmp_path}/last: {error!r}"
+            ) from error
     assert refused > rounds // 20 or reader == "log"

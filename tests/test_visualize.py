@@ -29,8 +29,12 @@ def draw(monkeypatch, tmp_path, *argv):
     """The Figure that a command line draws, checked to be written as PNG and PDF."""
     saved = []
     save = visualize.save
-    monkeypatch.setattr(visualize, "save", lambda figure, out: saved.append(figure) or save(figure, out))
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, argv), "--out", f"{tmp_path}/figures/it"])
+    monkeypatch.setattr(
+        visualize, "save", lambda figure, out: saved.append(figure) or save(figure, out)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["visualize.py", *map(str, argv), "--out", f"{tmp_path}/figures/it"]
+    )
     visualize.main()
     monkeypatch.undo()
     for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
@@ -50,12 +54,28 @@ def archive(tmp_path):
     patch[1][PERMUTED] = patch[0][FOREGROUND]
     poses = look_at(1.2, torch.tensor([0, 50, 200.0]).deg2rad(), 2.0).float().repeat(2, 1, 1)
     mean, logvar = SpaceToDepth(4).encode(images)
-    rows = {"latent_mean": mean.half(), "latent_logvar": logvar.half(), "cls": torch.randn(6, 8).half()}
-    rows |= {"patch": patch.half(), "alpha": alpha, "pose": poses, "view_offset": torch.tensor([0, 3, 6])}
+    rows = {
+        "latent_mean": mean.half(),
+        "latent_logvar": logvar.half(),
+        "cls": torch.randn(6, 8).half(),
+    }
+    rows |= {
+        "patch": patch.half(),
+        "alpha": alpha,
+        "pose": poses,
+        "view_offset": torch.tensor([0, 3, 6]),
+    }
     root = tmp_path / "archive"
     root.mkdir()
     save_shard(root / "00000.safetensors", rows)
-    encoder = {"name": "vit", "layers": [3, 7], "pca": None, "feature_dim": 16, "cls_dim": 8, "tokens": 16}
+    encoder = {
+        "name": "vit",
+        "layers": [3, 7],
+        "pca": None,
+        "feature_dim": 16,
+        "cls_dim": 8,
+        "tokens": 16,
+    }
     encoder |= {"weights": "random", "image_size": 64, "sha256": ""}
     manifest = {"format": ARCHIVE_FORMAT, "objects": ["a", "b"], "val_fraction": 0.5, "image_size": 16,
                 "encoder": encoder, "codec": pretrained.codec_spec(SpaceToDepth(4))}  # fmt: skip
@@ -76,8 +96,22 @@ def write_lines(path, records):
 
 def score(run, step, lpips, **flags):
     """A line of evaluate.py's about a checkpoint of a run."""
-    train = {"out": str(run), "t_sampling": "gaussian", "t_mean": 1000, "t_std": 200, "seed": 0, "global_batch": 8}
-    line = {"row": "samples", "split": "val", "seed": 0, "step": step, "seconds": 60.0 * step, "lpips": lpips}
+    train = {
+        "out": str(run),
+        "t_sampling": "gaussian",
+        "t_mean": 1000,
+        "t_std": 200,
+        "seed": 0,
+        "global_batch": 8,
+    }
+    line = {
+        "row": "samples",
+        "split": "val",
+        "seed": 0,
+        "step": step,
+        "seconds": 60.0 * step,
+        "lpips": lpips,
+    }
     weights = f"{run}/step_{step:07d}/model.safetensors"
     return line | {"weights": weights, "run_args": train | {"amalgamate": True} | flags}
 
@@ -88,13 +122,19 @@ def score(run, step, lpips, **flags):
 def test_matching_joins_what_a_permutation_moved(monkeypatch, tmp_path, archive):
     figure = draw(monkeypatch, tmp_path, "matching", "--archive", archive[0], "--objects", "a")
     (ax,) = figure.axes
-    cells = [np.floor(4 * (line.get_xydata() - [[0, 0], [1, 0]])) for line in ax.lines]  # column, row of both ends
-    assert ax.get_title() == "a, 46° apart"  # 50 degrees of azimuth at this height: 46, rather than 155 or 119
+    cells = [
+        np.floor(4 * (line.get_xydata() - [[0, 0], [1, 0]])) for line in ax.lines
+    ]  # column, row of both ends
+    assert (
+        ax.get_title() == "a, 46° apart"
+    )  # 50 degrees of azimuth at this height: 46, rather than 155 or 119
     assert [tuple(cell @ [1, 4]) for cell in cells] == list(zip(FOREGROUND, PERMUTED, strict=True))
 
 
 def test_separate_bases_agree_on_a_permutation_and_only_joint_ones_see_a_shift():
-    a = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * torch.arange(1, 7)
+    a = torch.randn(
+        20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ) * torch.arange(1, 7)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
     for separate in (False, True):
         assert torch.equal(order[visualize.match_patches(a, a[order], separate)], torch.arange(20))
@@ -145,7 +185,9 @@ def test_features_that_an_archive_lacks(monkeypatch, tmp_path, archive):
         draw(monkeypatch, tmp_path, "pca", "--archive", tmp_path / "nothing")
     rows = load_file(root / "00000.safetensors")
     save_shard(root / "00000.safetensors", rows | {"alpha": torch.zeros_like(rows["alpha"])})
-    with pytest.raises(InputError, match="--archive .*archive: no object .* four foreground patches"):
+    with pytest.raises(
+        InputError, match="--archive .*archive: no object .* four foreground patches"
+    ):
         draw(monkeypatch, tmp_path, "matching", "--archive", root)
     del rows["patch"]
     save_shard(root / "00000.safetensors", rows)
@@ -175,7 +217,10 @@ def test_trajectory_has_a_row_a_view_and_a_column_a_timestep(monkeypatch, tmp_pa
 def test_timesteps_histograms_sum_to_one_and_follow_their_densities(monkeypatch, tmp_path):
     left, right = draw(monkeypatch, tmp_path, "timesteps").axes
     assert len(left.lines) == len(right.lines) == 10
-    for ax, settings in ((left, [(m, 200) for m in (1000, 700, 500, 300, 0)]), (right, [(1000, 100), (1000, 200)])):
+    for ax, settings in (
+        (left, [(m, 200) for m in (1000, 700, 500, 300, 0)]),
+        (right, [(1000, 100), (1000, 200)]),
+    ):
         for i, setting in enumerate(settings):
             density, drawn = (line.get_ydata() for line in ax.lines[2 * i : 2 * i + 2])
             assert np.allclose(density, timestep_density("gaussian", *setting))
@@ -193,13 +238,23 @@ def test_wild_puts_the_input_before_the_views(monkeypatch, tmp_path):
     shown = [[image.get_array()[0, 0, 0] for image in ax.images] for ax in figure.axes]
     assert shown == [[0], [60], [120], [0], [60]]
     labels = [ax.get_ylabel() for ax in figure.axes]
-    assert [label.replace("\n", "") for label in labels] == [f"{tmp_path.name}/cat", "", "", f"{tmp_path.name}/dog", ""]
-    assert all(len(line) <= 20 for label in labels for line in label.split("\n"))  # rows' names would overlap
+    assert [label.replace("\n", "") for label in labels] == [
+        f"{tmp_path.name}/cat",
+        "",
+        "",
+        f"{tmp_path.name}/dog",
+        "",
+    ]
+    assert all(
+        len(line) <= 20 for label in labels for line in label.split("\n")
+    )  # rows' names would overlap
     assert [ax.get_title() for ax in figure.axes] == ["input", "view 0", "view 1", "", ""]
     with pytest.raises(InputError, match="input.png: "):
         draw(monkeypatch, tmp_path, "wild", tmp_path)
 
-    shutil.copytree(tmp_path / "cat", tmp_path / "baseline" / "cat")  # the same image, by another model
+    shutil.copytree(
+        tmp_path / "cat", tmp_path / "baseline" / "cat"
+    )  # the same image, by another model
     figure = draw(monkeypatch, tmp_path, "wild", tmp_path / "cat", tmp_path / "baseline" / "cat")
     labels = [ax.get_ylabel().replace("\n", "") for ax in figure.axes[::3]]
     assert labels == [f"{tmp_path.name}/cat", "baseline/cat"]
@@ -209,18 +264,33 @@ def test_wild_puts_the_input_before_the_views(monkeypatch, tmp_path):
 
 
 def test_sweep_takes_each_runs_last_score_and_groups_seeds(monkeypatch, tmp_path):
-    lines = [score("m700_0", 10, 0.9, t_mean=700), score("m700_0", 20, 0.2, t_mean=700), {"row": "white", "lpips": 0.9}]
+    lines = [
+        score("m700_0", 10, 0.9, t_mean=700),
+        score("m700_0", 20, 0.2, t_mean=700),
+        {"row": "white", "lpips": 0.9},
+    ]
     lines += [
         score("m700_1", 20, 0.4, t_mean=700, seed=1),
         score("base", 20, 0.1),
         score("uniform", 20, 0.7, t_sampling="uniform"),
     ]
-    lines += [{"step": 20, "run_args": {"out": "a"}}, score("elsewhere", 20, 0.6, t_mean=500, t_std=500)]
+    lines += [
+        {"step": 20, "run_args": {"out": "a"}},
+        score("elsewhere", 20, 0.6, t_mean=500, t_std=500),
+    ]
     lines += [score("s500", 20, 0.5, t_std=500), score("plain", 20, 0.8, amalgamate=False)]
     write_lines(tmp_path / "eval.jsonl", lines)
     with pytest.raises(InputError, match="train.amalgamate false and true don't compare"):
         draw(monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl")
-    figure = draw(monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl", "--where", "amalgamate=True")
+    figure = draw(
+        monkeypatch,
+        tmp_path,
+        "sweep",
+        "--eval",
+        tmp_path / "eval.jsonl",
+        "--where",
+        "amalgamate=True",
+    )
     for ax, values, means, spreads in zip(figure.axes, ([700, 1000], [200, 500]), ([0.3, 0.1], [0.1, 0.5]),
                                           ([0.02**0.5, 0], [0, 0]), strict=True):  # fmt: skip
         line, _, (bars,) = ax.containers[0]
@@ -229,12 +299,22 @@ def test_sweep_takes_each_runs_last_score_and_groups_seeds(monkeypatch, tmp_path
 
 
 def test_sweep_refuses_other_evaluations_and_unknown_metrics(monkeypatch, tmp_path):
-    write_lines(tmp_path / "eval.jsonl", [score("a", 20, 0.2), score("b", 20, 0.3) | {"split": "train"}])
+    write_lines(
+        tmp_path / "eval.jsonl", [score("a", 20, 0.2), score("b", 20, 0.3) | {"split": "train"}]
+    )
     with pytest.raises(InputError, match='split "train" and "val" don\'t compare'):
         draw(monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl")
     with pytest.raises(InputError, match="--metric fid: .*eval.jsonl"):
         draw(
-            monkeypatch, tmp_path, "sweep", "--eval", tmp_path / "eval.jsonl", "--where", "split=val", "--metric", "fid"
+            monkeypatch,
+            tmp_path,
+            "sweep",
+            "--eval",
+            tmp_path / "eval.jsonl",
+            "--where",
+            "split=val",
+            "--metric",
+            "fid",
         )
 
 
@@ -251,15 +331,24 @@ def test_sweep_refuses_runs_at_different_steps(monkeypatch, tmp_path):
 def test_where_is_the_evaluations_before_trainings(tmp_path):
     path = tmp_path / "eval.jsonl"
     flags = {"steps": 1200, "seed": 1, "t_std": 200.0, "lr": 1e-4}
-    write_lines(path, [score("a", 20, 0.2, **flags) | {"steps": 2}, score("b", 20, 0.3, **flags) | {"steps": 3}])
+    write_lines(
+        path,
+        [score("a", 20, 0.2, **flags) | {"steps": 2}, score("b", 20, 0.3, **flags) | {"steps": 3}],
+    )
 
     def chosen(*where):
         args = argparse.Namespace(eval=[path], where=where)
         return [Path(line["train.out"]).name for line in scores.read_scores(args, [])]
 
-    assert chosen("steps=2") == ["a"] and chosen("steps=1200") == [] and chosen("train.steps=1200") == ["a", "b"]
+    assert (
+        chosen("steps=2") == ["a"]
+        and chosen("steps=1200") == []
+        and chosen("train.steps=1200") == ["a", "b"]
+    )
     assert chosen("seed=0") == chosen("train.seed=1") == ["a", "b"] and chosen("train.seed=0") == []
-    assert chosen("t_std=200", "lr=0.0001", "amalgamate=True", "out=b") == chosen("steps=3.0") == ["b"]
+    assert (
+        chosen("t_std=200", "lr=0.0001", "amalgamate=True", "out=b") == chosen("steps=3.0") == ["b"]
+    )
 
 
 def test_sweep_wants_runs_on_its_axes(monkeypatch, tmp_path):
@@ -282,7 +371,9 @@ def test_curves_mean_and_spread_over_runs(monkeypatch, tmp_path):
     assert np.isclose(band.max(), 5 + 2**0.5) and np.isclose(band.min(), 2.5 - 0.5**0.5)
     assert ax.get_xlabel() == "training time (min)"
     assert ax.get_legend().get_texts()[0].get_text() == "both: loss (n = 2)"
-    ax = draw(monkeypatch, tmp_path, "curves", tmp_path / "a0", "--x", "samples", "--metric", "loss").axes[0]
+    ax = draw(
+        monkeypatch, tmp_path, "curves", tmp_path / "a0", "--x", "samples", "--metric", "loss"
+    ).axes[0]
     assert np.allclose(ax.lines[0].get_xydata(), [[80, 4], [160, 2]])
     with pytest.raises(InputError, match="--metric nothing: .*a0 has no such metric"):
         draw(monkeypatch, tmp_path, "curves", tmp_path / "a0", "--metric", "nothing")
@@ -316,13 +407,22 @@ def test_curves_draw_what_there_is(monkeypatch, tmp_path):
 
 
 def test_curves_of_scores_belong_to_their_run(monkeypatch, tmp_path):
-    lines = [score(tmp_path / run, step, lpips) for run, step, lpips in (("a", 1, 0.5), ("a", 2, 0.3), ("ab", 2, 0.1))]
+    lines = [
+        score(tmp_path / run, step, lpips)
+        for run, step, lpips in (("a", 1, 0.5), ("a", 2, 0.3), ("ab", 2, 0.1))
+    ]
     write_lines(tmp_path / "eval.jsonl", lines)
     argv = ("curves", tmp_path / "a", "--metric", "lpips", "--eval", tmp_path / "eval.jsonl")
-    assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[1, 0.5], [2, 0.3]])
-    write_lines(tmp_path / "eval.jsonl", [score(f"./{tmp_path.name}/a/", 3, 0.7), score(".", 3, 0.7)])  # relative
+    assert np.allclose(
+        draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[1, 0.5], [2, 0.3]]
+    )
+    write_lines(
+        tmp_path / "eval.jsonl", [score(f"./{tmp_path.name}/a/", 3, 0.7), score(".", 3, 0.7)]
+    )  # relative
     assert np.allclose(draw(monkeypatch, tmp_path, *argv).axes[0].lines[0].get_xydata(), [[3, 0.7]])
-    write_lines(tmp_path / "eval.jsonl", [line | {"samples": 3} for line in lines])  # a pair, not seen in training
+    write_lines(
+        tmp_path / "eval.jsonl", [line | {"samples": 3} for line in lines]
+    )  # a pair, not seen in training
     axes = draw(monkeypatch, tmp_path, *argv, "--x", "samples").axes
     assert np.allclose(axes[0].lines[0].get_xdata(), [8, 16])
 
@@ -333,7 +433,10 @@ def test_logs_that_cannot_be_drawn(monkeypatch, tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(InputError, match="--metric loss: .* has no such metric"):
         draw(monkeypatch, tmp_path, "curves", tmp_path)
-    write_lines(tmp_path / "log.jsonl", [{"step": 1, "seconds": 1.0, "val_loss": 2.0, "skipped": 3, "ok": True}])
+    write_lines(
+        tmp_path / "log.jsonl",
+        [{"step": 1, "seconds": 1.0, "val_loss": 2.0, "skipped": 3, "ok": True}],
+    )
     axes = draw(monkeypatch, tmp_path, "curves", tmp_path, "--metric", "val_loss", "skipped").axes
     assert [line.get_ydata().tolist() for line in axes[0].lines] == [[2], [3]]
     with pytest.raises(InputError, match="--metric ok"):

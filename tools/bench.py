@@ -34,9 +34,8 @@ import sample
 import train
 from lib import archives
 from lib.autoencoder import AutoencoderKL
-from lib.cli import HelpFormatter, InputError, out_of_memory, run_script
+from lib.cli import HelpFormatter, InputError, one_line, out_of_memory, run_script
 from lib.distributed import flops_per_sample, peak_memory, set_up
-from lib.formats import one_line
 from model import NovelViewModel, condition_dropout, diffusion_loss, q_sample, sample_timesteps
 
 # The paper's shapes; about the same ratios of UNet, VAE and ViT for one CPU core; and one for tests.
@@ -51,7 +50,9 @@ SIZES = {
 SCALE = AutoencoderKL.scale
 
 
-def measure(call, seconds: float, device: torch.device, skip: int = 1, workers: int = 0) -> tuple[float, list]:
+def measure(
+    call, seconds: float, device: torch.device, skip: int = 1, workers: int = 0
+) -> tuple[float, list]:
     """(seconds, what the calls returned) of about `seconds` of calls, behind `skip` that do not count.
 
     Of one CPU thread without workers these are processor seconds, which other jobs on the machine do not stretch.
@@ -73,7 +74,9 @@ def measure(call, seconds: float, device: torch.device, skip: int = 1, workers: 
 def matmul_tflops(device: torch.device, precision: str, seconds: float) -> float:
     """The rate of a large matrix product in this precision, which MFU is held against."""
     n = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    a = torch.randn(
+        n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     elapsed, calls = measure(lambda: (a @ a).shape, min(2.0, seconds), device, skip=3)
     return 2 * n**3 * len(calls) / elapsed / 1e12
 
@@ -93,10 +96,17 @@ class Diffusers(nn.Module):
 
         kinds = ["CrossAttn" if stage < 3 else "" for stage in range(len(size["mult"]))]
         shape = dict(down_block_types=[f"{kind}DownBlock2D" for kind in kinds])
-        shape |= dict(up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)], layers_per_block=size["blocks"])
-        shape |= dict(block_out_channels=[size["width"] * mult for mult in size["mult"]], in_channels=8)
+        shape |= dict(
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+            layers_per_block=size["blocks"],
+        )
+        shape |= dict(
+            block_out_channels=[size["width"] * mult for mult in size["mult"]], in_channels=8
+        )
         heads = size["heads"]  # which diffusers calls attention_head_dim
-        self.unet = UNet2DConditionModel(cross_attention_dim=size["context"], attention_head_dim=heads, **shape)
+        self.unet = UNet2DConditionModel(
+            cross_attention_dim=size["context"], attention_head_dim=heads, **shape
+        )
         if plain:  # as in LDM's code
             self.unet.enable_gradient_checkpointing()
             self.unet.set_attn_processor(AttnProcessor())
@@ -105,20 +115,36 @@ class Diffusers(nn.Module):
         return self.unet(x, t, context, return_dict=False)[0]
 
 
-def make_model(size: dict, device: torch.device, spec: dict, row: str = "ours", checkpointing=False) -> NovelViewModel:
+def make_model(
+    size: dict, device: torch.device, spec: dict, row: str = "ours", checkpointing=False
+) -> NovelViewModel:
     """Our model for an encoder's spec, or our conditioning around diffusers' UNet, with random weights."""
     torch.manual_seed(0)
     args = dict(cls_dim=spec["cls_dim"], in_channels=8, out_channels=4, context_dim=size["context"])
     with device:
         if row in ("ours", "reading"):
-            args |= dict(model_channels=size["width"], channel_mult=size["mult"], num_res_blocks=size["blocks"])
-            args |= dict(feature_dim=spec["feature_dim"], feature_tokens=spec["tokens"], num_heads=size["heads"])
-            model = NovelViewModel(**args, latent_size=size["image"] // 8, checkpointing=checkpointing)
+            args |= dict(
+                model_channels=size["width"],
+                channel_mult=size["mult"],
+                num_res_blocks=size["blocks"],
+            )
+            args |= dict(
+                feature_dim=spec["feature_dim"],
+                feature_tokens=spec["tokens"],
+                num_heads=size["heads"],
+            )
+            model = NovelViewModel(
+                **args, latent_size=size["image"] // 8, checkpointing=checkpointing
+            )
         else:
-            model = NovelViewModel(**args, model_channels=32, channel_mult=(1,))  # for its cc_projection
+            model = NovelViewModel(
+                **args, model_channels=32, channel_mult=(1,)
+            )  # for its cc_projection
             model.unet = Diffusers(size, row == "zero123")
         for parameter in model.parameters():
-            if parameter.ndim > 1 and not parameter.any():  # zeros draw less power, which would flatter us
+            if (
+                parameter.ndim > 1 and not parameter.any()
+            ):  # zeros draw less power, which would flatter us
                 nn.init.normal_(parameter, std=0.02)
     return model if row == "zero123" else model.to(memory_format=torch.channels_last)
 
@@ -139,20 +165,34 @@ def open_archive(args, size: dict, recipe: str):
     with tempfile.TemporaryDirectory() as folder:
         if not args.archive:
             side, tokens, views = size["image"] // 8, size["tokens"], 32 * 12
-            K = {"latents": 0, "fp8+pca": size["pca"]}.get(recipe, len(size["layers"]) * size["cls"])
+            K = {"latents": 0, "fp8+pca": size["pca"]}.get(
+                recipe, len(size["layers"]) * size["cls"]
+            )
             encoder = dict(name="random", weights="random", layers=[], image_size=size["vit_size"], sha256="",
                            cls_dim=size["cls"], feature_dim=K, tokens=tokens)  # fmt: skip
             codec = dict(name="sd", channels=4, factor=8, scale=SCALE, sha256="", source=None)
             manifest = dict(format=archives.ARCHIVE_FORMAT, image_size=size["image"], val_fraction=0.0, encoder=encoder,
                             codec=codec, objects=[str(i) for i in range(32)])  # fmt: skip
             Path(folder, "manifest.json").write_text(json.dumps(manifest))
-            shapes = {"latent_mean": (4, side, side), "latent_logvar": (4, side, side), "cls": (size["cls"],)}
-            rows = {key: torch.randn(views, *s).half() for key, s in (shapes | {"patch": (tokens, K)}).items()}
+            shapes = {
+                "latent_mean": (4, side, side),
+                "latent_logvar": (4, side, side),
+                "cls": (size["cls"],),
+            }
+            rows = {
+                key: torch.randn(views, *s).half()
+                for key, s in (shapes | {"patch": (tokens, K)}).items()
+            }
             if recipe.startswith("fp8"):
                 rows["patch"] = rows["patch"].to(torch.float8_e4m3fn)
-            rows |= {"alpha": torch.zeros(views, tokens).byte(), "pose": torch.eye(3, 4).repeat(views, 1, 1)}
+            rows |= {
+                "alpha": torch.zeros(views, tokens).byte(),
+                "pose": torch.eye(3, 4).repeat(views, 1, 1),
+            }
             rows |= {"view_offset": torch.arange(33) * 12}
-            archives.save_shard(archives.shard_path(folder, 0), {k: v for k, v in rows.items() if v.numel()})
+            archives.save_shard(
+                archives.shard_path(folder, 0), {k: v for k, v in rows.items() if v.numel()}
+            )
         archive = data.Archive(args.archive or folder, "train")
         archive.rows = archive.rows[:512]
         for shard in set(archive.rows[:, 0].tolist()):
@@ -163,7 +203,11 @@ def open_archive(args, size: dict, recipe: str):
 def load(archive: data.Archive, batch_size: int, workers: int, device: torch.device):
     """Batches without end, from the loader that train.py builds."""
     positions, pin = data.batch_positions(0, 10**9, 1, batch_size, 0, 1), device.type == "cuda"
-    return iter(torch.utils.data.DataLoader(archive, None, sampler=positions, num_workers=workers, pin_memory=pin))
+    return iter(
+        torch.utils.data.DataLoader(
+            archive, None, sampler=positions, num_workers=workers, pin_memory=pin
+        )
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- training steps
@@ -172,25 +216,38 @@ def load(archive: data.Archive, batch_size: int, workers: int, device: torch.dev
 def zero123_prepare(size: dict, micro: int, device: torch.device):
     """(prepare, FLOPs a sample, CLIP's spec): Zero-1-to-3's frozen encoders on a batch of images, in float32."""
     encoder, codec = random_frozen(size, device, clip=True)
-    images, pose = torch.rand(2, micro, 3, size["image"], size["image"]) * 2 - 1, torch.randn(micro, 4)
+    images, pose = (
+        torch.rand(2, micro, 3, size["image"], size["image"]) * 2 - 1,
+        torch.randn(micro, 4),
+    )
 
     @torch.no_grad()
     def prepare():
         target, cond = images.to(device)
         mean, logvar = codec.encode(target)
-        return mean, logvar, {"latent": codec.encode(cond)[0], "cls": encoder(cond)[0], "pose": pose.to(device)}
+        return (
+            mean,
+            logvar,
+            {"latent": codec.encode(cond)[0], "cls": encoder(cond)[0], "pose": pose.to(device)},
+        )
 
     with FlopCounterMode(display=False) as counter:
         prepare()
     return prepare, counter.get_total_flops() // micro, encoder.spec()
 
 
-def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, precision: str, plain: bool):
+def make_step(
+    model: NovelViewModel, prepare, micro: int, accumulate: int, precision: str, plain: bool
+):
     """An optimiser step, a function without arguments: train.py's fenced lines or, plain, Zero-1-to-3's."""
     device, ema = model.alpha_bar.device, copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=None if plain else True)
+    averaged = [
+        e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad
+    ]
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-4, weight_decay=0.01, fused=None if plain else True
+    )
     window = torch.zeros(2 * train.BINS, dtype=torch.float64, device=device)
     numbers, shape = itertools.count(), prepare()[0].shape[1:]
 
@@ -209,7 +266,9 @@ def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, preci
                 losses = diffusion_loss(output, x0, noise, t, model.alpha_bar, "eps")
             (losses.mean() / accumulate).backward()
             window.add_(train.binned(losses.detach(), t))
-            for e, p in zip(averaged, trained, strict=True) if plain else ():  # LitEma's, each micro-batch
+            for e, p in (
+                zip(averaged, trained, strict=True) if plain else ()
+            ):  # LitEma's, each micro-batch
                 e.sub_((1 - decay) * (e - p.detach()))
         if not plain:
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -222,12 +281,20 @@ def make_step(model: NovelViewModel, prepare, micro: int, accumulate: int, preci
     return step
 
 
-def train_row(args, size: dict, device: torch.device, archive: data.Archive, row: str, mode: str, micro: int) -> dict:
+def train_row(
+    args, size: dict, device: torch.device, archive: data.Archive, row: str, mode: str, micro: int
+) -> dict:
     """The measurements of one row of `train`."""
-    plain, cuda, workers = row == "zero123", device.type == "cuda", max(args.workers) if row == "reading" else 0
+    plain, cuda, workers = (
+        row == "zero123",
+        device.type == "cuda",
+        max(args.workers) if row == "reading" else 0,
+    )
     precision = "fp32" if plain else args.precision
     # TF32 where train.py has it; for Zero-1-to-3 in convolutions, and in the product: it is the bound of what it could
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = plain or precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+        plain or precision != "fp32"
+    )
     matmul = matmul_tflops(device, precision, args.seconds)
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     spec, extra = archive.manifest["encoder"], 0
@@ -236,18 +303,29 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     if plain:
         prepare, extra, spec = zero123_prepare(size, micro, device)
     else:
-        rows = {k: v for k, v in archive[list(range(micro))].items() if k != "patch" or row != "diffusers"}
+        rows = {
+            k: v
+            for k, v in archive[list(range(micro))].items()
+            if k != "patch" or row != "diffusers"
+        }
         rows = {key: value.pin_memory() if cuda else value for key, value in rows.items()}
-        batches = load(archive, micro, workers, device) if row == "reading" else itertools.repeat(rows)
+        batches = (
+            load(archive, micro, workers, device) if row == "reading" else itertools.repeat(rows)
+        )
 
         def prepare():
-            move = {key: value.to(device, non_blocking=True).float() for key, value in next(batches).items()}
+            move = {
+                key: value.to(device, non_blocking=True).float()
+                for key, value in next(batches).items()
+            }
             return move.pop("target_mean"), move.pop("target_logvar"), move
 
     model = make_model(size, device, spec, row, args.checkpointing).train()
     flops = flops_per_sample(model, prepare()[2]) + extra
     # A.1's 1,536 samples; Zero-1-to-3's step is long, and its optimiser a trifle of it
-    accumulate = args.accumulate or max(1, min(1536 // micro if args.size == "full" else 2, 4 if plain else 1536))
+    accumulate = args.accumulate or max(
+        1, min(1536 // micro if args.size == "full" else 2, 4 if plain else 1536)
+    )
     step = make_step(model, prepare, micro, accumulate, precision, plain)
     if mode != "off":
         model.unet.compile(**{"options": train.COMPILE} if mode == "tuned" else {"mode": mode})
@@ -257,10 +335,26 @@ def train_row(args, size: dict, device: torch.device, archive: data.Archive, row
     elapsed, calls = measure(step, args.seconds, device, workers=workers)
     samples = len(calls) * accumulate * micro
     rate, compiling = samples / elapsed, first - elapsed / len(calls) if mode != "off" else 0.0
-    record = {"precision": precision, "accumulate": accumulate, "samples": samples, "seconds": elapsed}
-    record |= {"samples_per_second": rate, "gflop_per_sample": flops / 1e9, "tflops": rate * flops / 1e12}
-    record |= {"matmul_tflops": matmul, "mfu": rate * flops / 1e12 / matmul, "compile_seconds": compiling}
-    record |= {"parameters": sum(p.numel() for p in model.parameters()), "feature_dim": spec["feature_dim"]}
+    record = {
+        "precision": precision,
+        "accumulate": accumulate,
+        "samples": samples,
+        "seconds": elapsed,
+    }
+    record |= {
+        "samples_per_second": rate,
+        "gflop_per_sample": flops / 1e9,
+        "tflops": rate * flops / 1e12,
+    }
+    record |= {
+        "matmul_tflops": matmul,
+        "mfu": rate * flops / 1e12 / matmul,
+        "compile_seconds": compiling,
+    }
+    record |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "feature_dim": spec["feature_dim"],
+    }
     record |= {"memory_gb": peak_memory(device) if cuda else None}
     return record | ({"profile_ms": profile(step, device)} if args.profile else {})
 
@@ -277,18 +371,26 @@ KERNELS = {  # classes of GPU kernels and CPU operators by name; the first that 
 
 
 def kernel_class(name: str) -> str:
-    return next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name.lower())), "other")
+    return next(
+        (kind for kind, pattern in KERNELS.items() if re.search(pattern, name.lower())), "other"
+    )
 
 
 def profile(step, device: torch.device) -> dict[str, float]:
     """Milliseconds of one step by class: of kernels on a GPU, of operators (without what they call) on a CPU."""
     kinds, cuda = torch.profiler.ProfilerActivity, device.type == "cuda"
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]) as profiler:
+    with torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    ) as profiler:
         measure(step, 0, device, skip=0)
     result = dict.fromkeys((*KERNELS, "other"), 0.0)
     for event in profiler.key_averages():
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda and not event.is_user_annotation:
-            spent = event.self_device_time_total if cuda else event.self_cpu_time_total  # in microseconds
+        if (
+            event.device_type == torch.autograd.DeviceType.CUDA
+        ) == cuda and not event.is_user_annotation:
+            spent = (
+                event.self_device_time_total if cuda else event.self_cpu_time_total
+            )  # in microseconds
             result[kernel_class(event.key)] += spent / 1e3
     return result
 
@@ -298,11 +400,18 @@ def profile(step, device: torch.device) -> dict[str, float]:
 
 def bench_train(args, size: dict, device: torch.device):
     """Samples/s of an optimiser step, by micro-batch, row and compile mode; ratio: how many times faster ours is."""
-    rows = [(row, mode) for row in args.rows for mode in (["off"] if row == "zero123" else args.compile)]
+    rows = [
+        (row, mode) for row in args.rows for mode in (["off"] if row == "zero123" else args.compile)
+    ]
     with open_archive(args, size, args.recipes[0]) as archive:
-        latent, expected = archive.shapes["latent_mean"], (4, size["image"] // 8, size["image"] // 8)
+        latent, expected = (
+            archive.shapes["latent_mean"],
+            (4, size["image"] // 8, size["image"] // 8),
+        )
         if latent != expected:
-            raise InputError(f"--archive {args.archive}: latents of {latent}; --size {args.size} has {expected}")
+            raise InputError(
+                f"--archive {args.archive}: latents of {latent}; --size {args.size} has {expected}"
+            )
         for micro in args.micro_batches:
             ours = None
             for row, mode in rows:
@@ -316,7 +425,10 @@ def bench_train(args, size: dict, device: torch.device):
                 except RuntimeError as error:
                     if out_of_memory(error):
                         record["status"] = "out of memory"
-                    elif mode in ("reduce-overhead", "max-autotune"):  # CUDA graphs refuse to accumulate gradients
+                    elif mode in (
+                        "reduce-overhead",
+                        "max-autotune",
+                    ):  # CUDA graphs refuse to accumulate gradients
                         record["status"] = f"failed: {one_line(error)}"
                     else:
                         raise
@@ -337,12 +449,21 @@ def bench_sample(args, size: dict, device: torch.device):
                                 steps=1, eta=1.0, scale=3.0, precision=args.precision, sampler="ddim")  # fmt: skip
         sample.sample_views(image, poses, model, encoder, codec, flags)  # warms up
         flags.steps = args.steps
-        seconds, _ = measure(lambda f=flags: sample.sample_views(image, poses, model, encoder, codec, f), 0, device, 0)
+        seconds, _ = measure(
+            lambda f=flags: sample.sample_views(image, poses, model, encoder, codec, f),
+            0,
+            device,
+            0,
+        )
         yield {"row": row, "views": views, "steps": args.steps, "scale": 3.0, "seconds": seconds}
 
 
 def rated(record: dict, unit: str, elapsed: float, counts: list[int]) -> dict:
-    return record | {"seconds": elapsed, unit: sum(counts), f"{unit}_per_second": sum(counts) / elapsed}
+    return record | {
+        "seconds": elapsed,
+        unit: sum(counts),
+        f"{unit}_per_second": sum(counts) / elapsed,
+    }
 
 
 def bench_read(args, size: dict, device: torch.device):
@@ -352,8 +473,18 @@ def bench_read(args, size: dict, device: torch.device):
             size_of = sum(value.nbytes for value in archive[[0]].values())
             for workers in args.workers:
                 batches = load(archive, args.micro_batches[0], workers, device)
-                read = measure(lambda b=batches: len(next(b)["cls"]), args.seconds, device, 2 * workers + 1, workers)
-                yield rated({"recipe": recipe, "bytes_per_sample": size_of, "workers": workers}, "samples", *read)
+                read = measure(
+                    lambda b=batches: len(next(b)["cls"]),
+                    args.seconds,
+                    device,
+                    2 * workers + 1,
+                    workers,
+                )
+                yield rated(
+                    {"recipe": recipe, "bytes_per_sample": size_of, "workers": workers},
+                    "samples",
+                    *read,
+                )
 
 
 def bench_archive(args, size: dict, device: torch.device):
@@ -365,7 +496,9 @@ def bench_archive(args, size: dict, device: torch.device):
         if not args.data:
             from tools.shapes import shapes  # here: few need the renderer
 
-            shapes(Path(flags.data), 8, 4, 2 * size["image"], 0, device.type, 0)  # Objaverse's are 512 px, too
+            shapes(
+                Path(flags.data), 8, 4, 2 * size["image"], 0, device.type, 0
+            )  # Objaverse's are 512 px, too
         members = dict.fromkeys(range(10_000), (2 * data.list_objects(flags.data))[:64])
 
         how, cuda = (encoder, codec, flags, device), device.type == "cuda"
@@ -383,11 +516,15 @@ def bench_archive(args, size: dict, device: torch.device):
             for n in args.workers:
                 flags.workers = n
                 batches = precompute_dino.load_views(members, flags, [])
-                batches = batches if row == "decode" else precompute_dino.encode_ahead(batches, *how)
+                batches = (
+                    batches if row == "decode" else precompute_dino.encode_ahead(batches, *how)
+                )
                 take = map(lambda batch: len(batch["object"]), batches).__next__
                 # rows have arrived, while the GPU is at the next: it is not waited for
                 done = measure(take, args.seconds, torch.device("cpu"), 2 * n + 1, n or cuda)
-                yield rated({"row": row, "workers": n} | ({} if row == "decode" else mode), "views", *done)
+                yield rated(
+                    {"row": row, "workers": n} | ({} if row == "decode" else mode), "views", *done
+                )
 
 
 COLUMNS = {  # of the Markdown tables: key, format
@@ -401,21 +538,42 @@ COLUMNS = {  # of the Markdown tables: key, format
 
 def table(columns: dict[str, str], records: list[dict]) -> str:
     """Markdown."""
-    cells = [[format(r[k], f) if r.get(k) is not None else "-" for k, f in columns.items()] for r in records]
+    cells = [
+        [format(r[k], f) if r.get(k) is not None else "-" for k, f in columns.items()]
+        for r in records
+    ]
     lines = [[key.replace("_", " ") for key in columns], ["---"] * len(columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
+    )
     flag, rows = parser.add_argument, ["ours", "reading", "diffusers", "zero123"]
-    modes = ["off", "tuned", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    modes = [
+        "off",
+        "tuned",
+        "default",
+        "reduce-overhead",
+        "max-autotune",
+        "max-autotune-no-cudagraphs",
+    ]
     flag("bench", choices=[*COLUMNS, "all"], help="what to measure")
     flag("--size", choices=SIZES, help="shapes; default: full (the paper's) on a GPU, else small")
     flag("--device", default="auto", help="auto, cpu or cuda")
     flag("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, else fp32")
-    flag("--micro_batches", type=int, nargs="+", help="train, read; default: 48 96 192 on a GPU, else 4 8")
-    flag("--accumulate", type=int, help="train: micro-batches a step; default: 1536 samples' worth, 2 where not full")
+    flag(
+        "--micro_batches",
+        type=int,
+        nargs="+",
+        help="train, read; default: 48 96 192 on a GPU, else 4 8",
+    )
+    flag(
+        "--accumulate",
+        type=int,
+        help="train: micro-batches a step; default: 1536 samples' worth, 2 where not full",
+    )
     flag("--rows", nargs="+", choices=rows, default=rows, help="train: what to compare")
     flag("--compile", nargs="+", choices=modes, help="train: tuned is train.py's, others torch.compile's; archive: off "
          "or not; default: off, default and tuned on a GPU, else off")  # fmt: skip
@@ -426,12 +584,24 @@ def main() -> None:
          help="what the made-up archive holds; train takes the first")  # fmt: skip
     flag("--archive", help="train, read: a real archive of these shapes")
     flag("--data", help="archive: a real tree of renders")
-    flag("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="data workers; train takes the most")
+    flag(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 4],
+        help="data workers; train takes the most",
+    )
     flag("--steps", type=int, default=50, help="sample: DDIM steps")
     flag("--seconds", type=float, default=5, help="to measure each result for")
     flag("--out", help="JSON lines, appended to")
     args = parser.parse_args()
-    for name, least in {"micro_batches": 1, "accumulate": 1, "memory_gb": 0, "workers": 0, "seconds": 0}.items():
+    for name, least in {
+        "micro_batches": 1,
+        "accumulate": 1,
+        "memory_gb": 0,
+        "workers": 0,
+        "seconds": 0,
+    }.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not value >= least:  # NaN is not
@@ -453,11 +623,30 @@ def main() -> None:
     args.micro_batches = args.micro_batches or ([48, 96, 192] if cuda else [4, 8])
     args.compile = args.compile or (["off", "default", "tuned"] if cuda else ["off"])
     if cuda:
-        name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * args.memory_gb / total) if args.memory_gb else 1.0)
-    common = {"device": name, "torch": torch.__version__, "precision": args.precision, "size": args.size}
-    common |= {"shapes": SIZES[args.size], "checkpointing": args.checkpointing, "memory_limit_gb": args.memory_gb}
-    benches = {"train": bench_train, "sample": bench_sample, "read": bench_read, "archive": bench_archive}
+        name, total = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_properties(device).total_memory,
+        )
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, 1e9 * args.memory_gb / total) if args.memory_gb else 1.0
+        )
+    common = {
+        "device": name,
+        "torch": torch.__version__,
+        "precision": args.precision,
+        "size": args.size,
+    }
+    common |= {
+        "shapes": SIZES[args.size],
+        "checkpointing": args.checkpointing,
+        "memory_limit_gb": args.memory_gb,
+    }
+    benches = {
+        "train": bench_train,
+        "sample": bench_sample,
+        "read": bench_read,
+        "archive": bench_archive,
+    }
     for bench in benches if args.bench == "all" else [args.bench]:
         records = []
         for record in benches[bench](args, SIZES[args.size], device):
@@ -466,9 +655,15 @@ def main() -> None:
             if args.out:
                 with open(args.out, "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
-        print(f"\n{bench}: {name}, torch {torch.__version__}, {args.size}\n\n{table(COLUMNS[bench], records)}\n")
-        if profiles := [record | record["profile_ms"] for record in records if "profile_ms" in record]:
-            columns = dict.fromkeys(("micro_batch", "row", "compile"), "") | dict.fromkeys((*KERNELS, "other"), ".1f")
+        print(
+            f"\n{bench}: {name}, torch {torch.__version__}, {args.size}\n\n{table(COLUMNS[bench], records)}\n"
+        )
+        if profiles := [
+            record | record["profile_ms"] for record in records if "profile_ms" in record
+        ]:
+            columns = dict.fromkeys(("micro_batch", "row", "compile"), "") | dict.fromkeys(
+                (*KERNELS, "other"), ".1f"
+            )
             print(f"milliseconds of an optimiser step\n\n{table(columns, profiles)}\n")
 
 

@@ -30,8 +30,15 @@ def check_pose(pose: np.ndarray, tolerance: float = 5) -> str | None:
 
     b, the origin seen from a world-to-camera, is (0,0,-r); read as camera-to-world, -A^T b is. OpenCV's is (0,0,r).
     """
-    w2c, c2w = (math.degrees(math.atan2(math.hypot(x, y), -z)) for x, y, z in (pose[:, 3], -pose[:, 3] @ pose[:, :3]))
-    return None if w2c <= tolerance else NOTES[3 if c2w <= tolerance else 4 if w2c >= 180 - tolerance else 5]
+    w2c, c2w = (
+        math.degrees(math.atan2(math.hypot(x, y), -z))
+        for x, y, z in (pose[:, 3], -pose[:, 3] @ pose[:, :3])
+    )
+    return (
+        None
+        if w2c <= tolerance
+        else NOTES[3 if c2w <= tolerance else 4 if w2c >= 180 - tolerance else 5]
+    )
 
 
 def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int, bool]:
@@ -40,7 +47,13 @@ def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int
     def check_image(path):
         image = open_image(path)
         low, high = image.convert("RGBA").getchannel("A").getextrema()
-        return [n for n, so in zip(NOTES, (low == 255, high == 0, image.width != image.height), strict=False) if so]
+        return [
+            n
+            for n, so in zip(
+                NOTES, (low == 255, high == 0, image.width != image.height), strict=False
+            )
+            if so
+        ]
 
     folder, findings, n_sound, n_bad = Path(root, name), [], 0, 0
     try:
@@ -51,7 +64,10 @@ def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int
     findings += [("missing image", path) for index, path in poses.items() if index not in images]
     for index in sorted(images.keys() & poses.keys()):
         bad = False
-        for path, test in ((images[index], check_image), (poses[index], lambda p: [check_pose(data.read_pose(p))])):
+        for path, test in (
+            (images[index], check_image),
+            (poses[index], lambda p: [check_pose(data.read_pose(p))]),
+        ):
             try:
                 findings += [(note, path) for note in test(path) if note]
             except InputError as error:
@@ -64,9 +80,17 @@ def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int
 
 def check(root: Path, workers: int) -> int:
     """Prints what is wrong with a tree; writes its valid_paths.json if it has none. Returns the number of defects."""
-    names, counts, first, sound, views = data.list_objects(root), Counter(), defaultdict(list), [], 0
+    names, counts, first, sound, views = (
+        data.list_objects(root),
+        Counter(),
+        defaultdict(list),
+        [],
+        0,
+    )
     # The DataLoader as an ordered parallel map: collate_fn runs in the workers.
-    loader = DataLoader(names, batch_size=None, collate_fn=partial(check_object, root), num_workers=workers)
+    loader = DataLoader(
+        names, batch_size=None, collate_fn=partial(check_object, root), num_workers=workers
+    )
     for name, findings, n_sound, is_sound in tqdm(loader, desc="check", unit="object"):
         views += n_sound
         sound += [name] if is_sound else []
@@ -92,13 +116,17 @@ def write_list(root: Path, names: list[str]):
         (root / "valid_paths.json.tmp").write_text(json.dumps(names))
         os.replace(root / "valid_paths.json.tmp", root / "valid_paths.json")
     except OSError as error:
-        raise InputError(f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})") from None
+        raise InputError(
+            f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})"
+        ) from None
 
 
 def main() -> None:
     text = "Validate a tree; exit code 1 if it has defects. Write a valid_paths.json of what is sound if it has none."
     parser = argparse.ArgumentParser(description=text, formatter_class=HelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout"
+    )
     add_workers(parser)
     args = parser.parse_args()
     require_positive(args)
@@ -106,7 +134,9 @@ def main() -> None:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only")
+    parser.add_argument(
+        "--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only"
+    )
 
 
 if __name__ == "__main__":

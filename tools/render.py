@@ -50,11 +50,25 @@ SETTINGS = ("views", "size", "samples", "seed", "up", "zero123")  # what changes
 
 def find_meshes(folder: Path) -> dict[str, Path]:
     """{name: path} of the meshes under a folder, sorted; names are unique even where case does not count."""
-    walk = [(Path(os.path.relpath(top, folder)), files) for top, _, files in os.walk(folder, followlinks=True)]
-    paths = [top / f for top, files in walk for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS)]
+    walk = [
+        (Path(os.path.relpath(top, folder)), files)
+        for top, _, files in os.walk(folder, followlinks=True)
+    ]
+    paths = [
+        top / f
+        for top, files in walk
+        for f in files
+        if f[0] != "." and f.lower().endswith(EXTENSIONS)
+    ]
     # A name must be no other mesh's, with or without its extension, nor a folder's.
-    taken = Counter(str(p).casefold() for p in [*paths, *(p.with_suffix("") for p in paths), *(top for top, _ in walk)])
-    names = {(p if taken[str(p.with_suffix("")).casefold()] > 1 else p.with_suffix("")).as_posix(): p for p in paths}
+    taken = Counter(
+        str(p).casefold()
+        for p in [*paths, *(p.with_suffix("") for p in paths), *(top for top, _ in walk)]
+    )
+    names = {
+        (p if taken[str(p.with_suffix("")).casefold()] > 1 else p.with_suffix("")).as_posix(): p
+        for p in paths
+    }
     return {name: folder / names[name] for name in sorted(names)}
 
 
@@ -68,7 +82,9 @@ def sample_cameras(seed: int, name: str, views: int, zero123: bool) -> np.ndarra
     """World-to-camera (V,3,4) float64, looking at the origin; row i depends on (seed, name, i) only."""
     x, y, z, r = make_rng(seed, name, 0).uniform(-1, 1, (views, 4)).T
     # Deviation: directions uniform on the sphere; Zero-1-to-3's crowd towards the corners of a cube.
-    theta, phi = (np.arctan2(np.hypot(x, y), z), np.arctan2(y, x)) if zero123 else (np.arccos(z), np.pi * x)
+    theta, phi = (
+        (np.arctan2(np.hypot(x, y), z), np.arctan2(y, x)) if zero123 else (np.arccos(z), np.pi * x)
+    )
     return look_at(*(torch.from_numpy(v) for v in (theta, phi, 1.85 + 0.35 * r))).numpy()
 
 
@@ -117,7 +133,9 @@ def load_mesh(bpy, path: Path, options: dict):
     if kind in (".glb", ".gltf"):
         bpy.ops.import_scene.gltf(filepath=file, merge_vertices=options["zero123"])
     elif kind == ".fbx":  # Blender 4.5 brought a second importer, which reads more of them
-        (bpy.ops.wm.fbx_import if "fbx_import" in dir(bpy.ops.wm) else bpy.ops.import_scene.fbx)(filepath=file)
+        (bpy.ops.wm.fbx_import if "fbx_import" in dir(bpy.ops.wm) else bpy.ops.import_scene.fbx)(
+            filepath=file
+        )
     else:
         axes = {"format": (), "y": ("NEGATIVE_Z", "Y"), "z": ("Y", "Z")}[options["up"]]
         axes = dict(zip(("forward_axis", "up_axis"), axes, strict=False))
@@ -128,7 +146,9 @@ def load_mesh(bpy, path: Path, options: dict):
         if obj.type in ("CAMERA", "LIGHT") and obj != bpy.context.scene.camera:
             bpy.data.objects.remove(obj)
     for image in bpy.data.images:
-        if image.source == "FILE" and image.users and not image.size[0]:  # Blender would paint magenta
+        if (
+            image.source == "FILE" and image.users and not image.size[0]
+        ):  # Blender would paint magenta
             raise ValueError(f"texture missing or unreadable: {image.filepath or image.name}")
     for mesh in bpy.data.meshes:
         if mesh.color_attributes and not any(mesh.materials):
@@ -138,7 +158,9 @@ def load_mesh(bpy, path: Path, options: dict):
             tree = mesh.materials[0].node_tree
             colours = tree.nodes.new("ShaderNodeVertexColor")
             colours.layer_name = mesh.color_attributes[0].name
-            tree.links.new(colours.outputs["Color"], tree.nodes["Principled BSDF"].inputs["Base Color"])
+            tree.links.new(
+                colours.outputs["Color"], tree.nodes["Principled BSDF"].inputs["Base Color"]
+            )
 
 
 def find_bounds(bpy, zero123: bool) -> np.ndarray:
@@ -148,16 +170,25 @@ def find_bounds(bpy, zero123: bool) -> np.ndarray:
     if zero123:  # each object's own box, which is too wide once rotated
         for obj in bpy.context.scene.objects:
             if obj.type == "MESH":
-                points += [np.array([obj.matrix_world @ type(obj.location)(corner) for corner in obj.bound_box])]
+                points += [
+                    np.array(
+                        [obj.matrix_world @ type(obj.location)(corner) for corner in obj.bound_box]
+                    )
+                ]
     else:
         for instance in bpy.context.evaluated_depsgraph_get().object_instances:
             obj, matrix = instance.object, np.array(instance.matrix_world)
             if obj.type in ("MESH", "CURVE", "SURFACE", "FONT", "META") and not obj.hide_render:
                 mesh = obj.to_mesh()
-                vertices, used = np.empty(3 * len(mesh.vertices), np.float32), np.empty(len(mesh.loops), np.int32)
+                vertices, used = (
+                    np.empty(3 * len(mesh.vertices), np.float32),
+                    np.empty(len(mesh.loops), np.int32),
+                )
                 mesh.vertices.foreach_get("co", vertices)
                 mesh.loops.foreach_get("vertex_index", used)  # vertices of no face do not count
-                points += [vertices.reshape(-1, 3)[np.unique(used)] @ matrix[:3, :3].T + matrix[:3, 3]]
+                points += [
+                    vertices.reshape(-1, 3)[np.unique(used)] @ matrix[:3, :3].T + matrix[:3, 3]
+                ]
                 obj.to_mesh_clear()
     points = np.concatenate(points)
     if not len(points):
@@ -174,7 +205,9 @@ def normalise(bpy, zero123: bool):
 
     bounds, scene = find_bounds(bpy, zero123), bpy.context.scene
     scale = 1 / float(np.ptp(bounds, axis=0).max())
-    roots = [obj for obj in scene.objects if obj.parent is None and (zero123 or obj != scene.camera)]
+    roots = [
+        obj for obj in scene.objects if obj.parent is None and (zero123 or obj != scene.camera)
+    ]
     if zero123:
         for obj in roots:
             obj.scale = obj.scale * scale
@@ -194,14 +227,20 @@ def light(bpy, rng: np.random.Generator, zero123: bool):
     """Lights of an object, the same in all its views: a white sky that reaches every side, a sun and a weaker one."""
     if zero123:
         area = bpy.data.objects["Area"]
-        area.data.energy, area.location = rng.uniform(300, 600), rng.uniform((-1, -1, 0.5), (1, 1, 1.5))
+        area.data.energy, area.location = (
+            rng.uniform(300, 600),
+            rng.uniform((-1, -1, 0.5), (1, 1, 1.5)),
+        )
         return
     # Deviation: Zero-1-to-3's lamps are all above, which leaves undersides all but black.
     scene, direction = bpy.context.scene, rng.normal(size=3) + [0, 0, 1]
     scene.world.use_nodes = True
     sky = scene.world.node_tree.nodes["Background"].inputs
     sky["Color"].default_value, sky["Strength"].default_value = (1, 1, 1, 1), 0.4
-    for energy, towards in ((1.5, direction), (0.6, rng.normal(size=3) - direction)):  # white: at most .4 + 2.1 / pi
+    for energy, towards in (
+        (1.5, direction),
+        (0.6, rng.normal(size=3) - direction),
+    ):  # white: at most .4 + 2.1 / pi
         sun = bpy.data.objects.new("Sun", bpy.data.lights.new("Sun", "SUN"))
         sun.data.energy, sun.data.angle = energy, 0.3
         sun.rotation_euler = type(sun.location)(towards).to_track_quat("Z", "Y").to_euler()
@@ -214,13 +253,20 @@ def render_mesh(mesh: Path, name: str, folder: Path, options: dict):
         import bpy
         from mathutils import Matrix
     except ImportError as error:
-        raise InputError(f"bpy cannot be imported ({error}): {REQUIREMENTS}, which names its libraries") from None
+        raise InputError(
+            f"bpy cannot be imported ({error}): {REQUIREMENTS}, which names its libraries"
+        ) from None
     set_up(bpy, options)
     load_mesh(bpy, mesh, options)
     normalise(bpy, options["zero123"])
     light(bpy, make_rng(options["seed"], name, 1), options["zero123"])
-    scene, cameras = bpy.context.scene, sample_cameras(options["seed"], name, options["views"], options["zero123"])
-    with tempfile.TemporaryDirectory() as plain:  # in `folder`'s path Blender would expand "#" and "{}"
+    scene, cameras = (
+        bpy.context.scene,
+        sample_cameras(options["seed"], name, options["views"], options["zero123"]),
+    )
+    with (
+        tempfile.TemporaryDirectory() as plain
+    ):  # in `folder`'s path Blender would expand "#" and "{}"
         for i, pose in enumerate(cameras):
             scene.camera.matrix_world = Matrix([*pose, (0, 0, 0, 1)]).inverted()
             scene.render.filepath = f"{plain}/view.png"
@@ -261,22 +307,37 @@ def serve(pipe, out: Path, options: dict, render):
                 write_object(*job, out, options, render)
             except Exception as e:
                 error = e
-            pipe.send((error and (" ".join(str(error).split()) or type(error).__name__), isinstance(error, InputError)))
+            pipe.send(
+                (
+                    error and (" ".join(str(error).split()) or type(error).__name__),
+                    isinstance(error, InputError),
+                )
+            )
 
 
-def render_all(meshes: dict[str, Path], out: Path, options: dict, workers: int, timeout: float, render):
+def render_all(
+    meshes: dict[str, Path], out: Path, options: dict, workers: int, timeout: float, render
+):
     """Renders in worker processes, which may hang or die; yields (name, what went wrong or None) as meshes end.
 
     InputError if not a mesh but the set-up is at fault.
     """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()  # it imports torch once for all workers
-    context, local, processes = multiprocessing.get_context("forkserver" if forks else "spawn"), threading.local(), []
+    forks = (
+        "forkserver" in multiprocessing.get_all_start_methods()
+    )  # it imports torch once for all workers
+    context, local, processes = (
+        multiprocessing.get_context("forkserver" if forks else "spawn"),
+        threading.local(),
+        [],
+    )
     context.set_forkserver_preload(["torch"])
 
     def run(name):  # in a thread for each process
         if not getattr(local, "pipe", None):
             local.pipe, theirs = context.Pipe()
-            local.process = context.Process(target=serve, args=(theirs, out, options, render), daemon=True)
+            local.process = context.Process(
+                target=serve, args=(theirs, out, options, render), daemon=True
+            )
             local.process.start()
             theirs.close()  # so that the process's death ends the pipe
             processes.append(local.process)
@@ -308,13 +369,26 @@ def render_all(meshes: dict[str, Path], out: Path, options: dict, workers: int, 
 
 def main(argv: list[str] | None = None, render=render_mesh):
     text = "Render meshes to data.py's layout, with Blender. Rerun to go on where a run ended."
-    parser = argparse.ArgumentParser("python -m tools.render", description=text, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.render", description=text, formatter_class=HelpFormatter
+    )
     add = parser.add_argument
-    add("--meshes", type=Path, required=True, help=f"folder that is searched for {' '.join(EXTENSIONS)}")
-    add("--out", type=Path, required=True, help="folder to write; what is finished in it is skipped")
+    add(
+        "--meshes",
+        type=Path,
+        required=True,
+        help=f"folder that is searched for {' '.join(EXTENSIONS)}",
+    )
+    add(
+        "--out", type=Path, required=True, help="folder to write; what is finished in it is skipped"
+    )
     add("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
     add("--size", type=int, help="width and height in pixels (default: 256; with --zero123 512)")
-    add("--samples", type=int, help="samples a pixel, then denoised (default: 32; with --zero123 128)")
+    add(
+        "--samples",
+        type=int,
+        help="samples a pixel, then denoised (default: 32; with --zero123 128)",
+    )
     add("--seed", type=int, default=0, help="view i depends on this, the object's name and i only")
     text = "up axis of .obj .ply .stl files, which do not say; format: as Blender guesses, y for .obj, z for the others"
     add("--up", choices=["format", "y", "z"], default="format", help=text)
@@ -324,10 +398,16 @@ def main(argv: list[str] | None = None, render=render_mesh):
     add("--timeout", type=float, default=1800, help="seconds after which a mesh is given up")
     args = parser.parse_args(argv)
     defaults = {"size": 512, "samples": 128} if args.zero123 else {"size": 256, "samples": 32}
-    for flag, value in (defaults | {"workers": 2 if args.device == "cuda" else min(os.cpu_count(), 16)}).items():
+    for flag, value in (
+        defaults | {"workers": 2 if args.device == "cuda" else min(os.cpu_count(), 16)}
+    ).items():
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     require_positive(args, "size", "samples", "workers", "timeout")
-    for flag, low, high in (("views", 2, 10**4), ("seed", 0, 2**63), ("size", 1, int(MAX_PIXELS**0.5))):
+    for flag, low, high in (
+        ("views", 2, 10**4),
+        ("seed", 0, 2**63),
+        ("size", 1, int(MAX_PIXELS**0.5)),
+    ):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be from {low} to {high}")
     if not args.meshes.is_dir():
@@ -338,10 +418,17 @@ def main(argv: list[str] | None = None, render=render_mesh):
         raise InputError(f"bpy, Blender as a Python module, is not installed: {REQUIREMENTS}")
 
     out, settings = args.out.absolute(), {key: getattr(args, key) for key in SETTINGS}
-    file, report = out / "render_report.json", {"settings": settings, "rendered": [], "skipped": [], "failed": {}}
+    file, report = (
+        out / "render_report.json",
+        {"settings": settings, "rendered": [], "skipped": [], "failed": {}},
+    )
     try:
         before = json.loads(file.read_text())["settings"] if file.exists() else settings
-        differ = [f"--{key} {before[key]}, not {settings[key]}" for key in SETTINGS if before[key] != settings[key]]
+        differ = [
+            f"--{key} {before[key]}, not {settings[key]}"
+            for key in SETTINGS
+            if before[key] != settings[key]
+        ]
         if not differ:
             out.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(out / ".rendering", ignore_errors=True)  # what a killed run left
@@ -349,14 +436,26 @@ def main(argv: list[str] | None = None, render=render_mesh):
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file}: cannot be used ({error!r})") from None
     if differ:
-        raise InputError(f"--out {args.out}: was begun with {', '.join(differ)}; choose another folder")
+        raise InputError(
+            f"--out {args.out}: was begun with {', '.join(differ)}; choose another folder"
+        )
     listed = data.list_objects(out) if (out / "valid_paths.json").exists() else []
-    finished = {name for name in meshes if (out / name).is_dir() and len(data.list_views(out, name)) == args.views}
-    report["skipped"], todo = sorted(finished), {name: meshes[name] for name in meshes if name not in finished}
+    finished = {
+        name
+        for name in meshes
+        if (out / name).is_dir() and len(data.list_views(out, name)) == args.views
+    }
+    report["skipped"], todo = (
+        sorted(finished),
+        {name: meshes[name] for name in meshes if name not in finished},
+    )
     options = settings | {"device": args.device, "threads": max(1, os.cpu_count() // args.workers)}
     work = render_all(todo, out, options, args.workers, args.timeout, render)
     try:
-        with closing(work), tqdm(total=len(meshes), initial=len(finished), desc="render", unit="mesh") as bar:
+        with (
+            closing(work),
+            tqdm(total=len(meshes), initial=len(finished), desc="render", unit="mesh") as bar,
+        ):
             for name, error in work:
                 if error:
                     report["failed"][name] = error
@@ -367,9 +466,13 @@ def main(argv: list[str] | None = None, render=render_mesh):
     finally:  # after Ctrl-C too
         shutil.rmtree(out / ".rendering", ignore_errors=True)
         file.write_text(json.dumps(report, indent=1))
-        if sound := finished.union(report["rendered"], (name for name in listed if (out / name).is_dir())):
+        if sound := finished.union(
+            report["rendered"], (name for name in listed if (out / name).is_dir())
+        ):
             write_list(out, sorted(sound))
-    print(f"{args.out}: {', '.join(f'{len(report[key])} {key}' for key in list(report)[1:])}; {file} has more")
+    print(
+        f"{args.out}: {', '.join(f'{len(report[key])} {key}' for key in list(report)[1:])}; {file} has more"
+    )
     if not sound:
         raise InputError(f"--meshes {args.meshes}: nothing could be rendered, {file} says why")
 
