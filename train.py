@@ -1,187 +1,238 @@
 """Train Efficient-3DiM (Jiang et al., ICLR 2024; sections 3 and A.1), or its Zero-1-to-3 baseline.
 
-    python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 --res_blocks 1 \
-        --attention 1 2 --heads 4 --context_dim 128 --prediction x0 --t_sampling uniform --steps 100 --batch_size 16 \
-        --accumulate 1 --val_every 0 --preview_every 0                                      # a CPU, a minute
-    python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile --batch_size 192 \
-        --accumulate 8                                                                      # one GPU
-    torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile
+A CPU, a minute:
+    python train.py --archive out/archive --out runs/small --width 64 --channel_mult 1 2 \
+        --res_blocks 1 --attention 1 2 --heads 4 --context_dim 128 --prediction x0 \
+        --t_sampling uniform --steps 100 --batch_size 16 --accumulate 1 --val_every 0 \
+        --preview_every 0
+One GPU:
+    python train.py --archive ARCHIVE --init sd-v1-5.safetensors --out runs/full --compile \
+        --batch_size 192 --accumulate 8
+A node:
+    torchrun --nproc_per_node 8 train.py --archive ARCHIVE --init sd-v1-5.safetensors \
+        --out runs/full --compile
 
-Rerunning a command resumes it. Everything random of a step comes from (seed, step) for the whole global batch, of which
-each process takes its slice: restarts, world size and accumulation change nothing but rounding.
+Rerunning a command resumes it. Everything random of a step comes from (seed, step), for the whole
+global batch, and each process takes its slice. So restarts, the number of processes and the
+accumulation change nothing but rounding.
 """
 
 import argparse
-import atexit
 import copy
+import functools
 import json
 import math
 import os
-import signal
 import time
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import data
 import pretrained
 import sample
-from lib import checkpoints, distributed, signals
-from lib import files as durable
-from lib import images as pictures
+from lib import checkpoints, cli
 from lib.archives import list_id
-from lib.cli import HelpFormatter, InputError, require_positive, run_script
-from lib.distributed import agree, set_up
+from lib.cli import ArgumentParser, InputError, run_script
+from lib.distributed import (
+    any_rank,
+    check_alike,
+    compile_in_place,
+    flops_per_sample,
+    join_ranks,
+    leave_ranks,
+    open_device,
+    peak_memory,
+    sum_over_ranks,
+    wrap_ddp,
+)
+from lib.files import append, lock, trim_log, write_text
+from lib.images import labelled_grid, save_picture
+from lib.signals import catch_signals, start_workers_unstoppable
 from model import (
     TIMESTEPS,
     NovelViewModel,
     condition_dropout,
-    diffusion_loss,
-    q_sample,
     sample_timesteps,
+    training_losses,
 )
-from pretrained import add_encoder_flags, autocast, compile_frozen, open_frozen
+from pretrained import autocast
 
-BINS = 10  # of the loss by timestep
-# torch.compile's. The thresholds have it compute more anew instead of storing it: the backward pass of GroupNorm and
-# SiLU then reads and writes as much memory as 5 activations take instead of 12 (tests/test_bench.py).
-COMPILE = {
-    "realize_reads_threshold": 8,
-    "realize_acc_reads_threshold": 16,
-    "realize_opcount_threshold": 60,
-}
-# a fusion for GPUs that fails an assertion of torch 2.14.1's ("64 v.s. 512") at some shapes
-COMPILE |= {"triton.mix_order_reduction": False}
+BINS = 10  # the loss is logged by timestep, in so many bins
+MAX_SKIPPED = 10  # steps without a finite gradient that stop a run, at the next line of the log
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
-    )
-    toggle = argparse.BooleanOptionalAction
+    parser = ArgumentParser(__doc__)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_diffusion_flags(parser)
+    add_optimisation_flags(parser)
+    add_system_flags(parser)
+    add_logging_flags(parser)
+    args = parser.parse_args()
+    check_flags(args)
+    return args
 
+
+def add_data_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("data").add_argument
     flag("--archive", help="features and latents that precompute_dino.py wrote (3.4)")
     flag(
         "--online",
         action="store_true",
-        help="encode --data's images as training goes; with --archive, DINO only",
+        help="encode --data's images while training; with --archive, run the image encoder only",
     )
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
-    flag(
-        "--skip_bad",
-        action="store_true",
-        help="with --online alone: pass over unreadable objects, and name them",
+    flag("--workers", type=cli.nonnegative_int, default=4, help="processes that read data, a rank")
+    pretrained.add_encoder_flags(
+        parser.add_argument_group(
+            "what is frozen (read with --online; an archive knows it, all but where --vae is)"
+        )
     )
-    flag("--workers", type=int, default=4, help="processes that read data, a rank")
-    frozen = "what is frozen (read with --online; from an archive only --vae, for previews, where the VAE has moved)"
-    add_encoder_flags(parser.add_argument_group(frozen))
 
+
+def add_model_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("model (the defaults are Stable Diffusion 1.x)").add_argument
+    flag("--init", help="weights to start from: a file, folder or hub name; SD's, zero123's, ours")
     flag(
-        "--init",
-        help="weights to start from, a file, folder or hub name: Stable Diffusion's, Zero-1-to-3's, ours",
+        "--width", type=cli.positive_int, default=320, help="the UNet's channels at full resolution"
     )
-    flag("--width", type=int, default=320, help="the UNet's channels at full resolution")
     flag(
         "--channel_mult",
-        type=int,
+        type=cli.positive_int,
         nargs="+",
         default=[1, 2, 4, 4],
-        help="each stage's channels, by --width",
+        help="channels of each stage, in multiples of --width",
     )
-    flag("--res_blocks", type=int, default=2, help="residual blocks a stage")
+    flag("--res_blocks", type=cli.positive_int, default=2, help="residual blocks a stage")
     flag(
         "--attention",
-        type=int,
+        type=cli.positive_int,
         nargs="*",
         default=[1, 2, 4],
         help="downsampling factors with attention",
     )
-    flag("--heads", type=int, default=8, help="attention heads")
-    flag("--context_dim", type=int, default=768, help="width of the context token")
+    flag("--heads", type=cli.positive_int, default=8, help="attention heads")
+    flag("--context_dim", type=cli.positive_int, default=768, help="width of the context token")
     flag(
         "--amalgamate",
-        action=toggle,
+        action=BooleanOptionalAction,
         default=True,
         help="add patch features to the UNet's encoder (3.3)",
     )
     flag(
+        "--pose_embedding",
+        choices=["token", "mlp"],
+        default="token",
+        help="token: the camera move is in the context token (3.3); mlp: in the timestep "
+        "embedding, too (ours, beyond the paper)",
+    )
+    flag(
         "--checkpointing",
-        action=toggle,
+        action=BooleanOptionalAction,
         default=False,
-        help="recompute blocks in backward, for memory",
+        help="recompute blocks in backward: less memory, more time",
     )
 
+
+def add_diffusion_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("diffusion").add_argument
     flag(
         "--prediction",
         choices=["eps", "v", "x0"],
         default="eps",
-        help="eps (eq. 2); v, x0: to train from scratch",
+        help="eps (equation 2); v and x0 are for training from scratch (ours)",
     )
     flag(
         "--t_sampling",
         choices=["gaussian", "uniform"],
         default="gaussian",
-        help="3.2; from scratch: uniform",
+        help="distribution of the timesteps (3.2)",
     )
-    flag("--t_mean", type=float, default=1000, help="of the Gaussian, in timesteps (3.2)")
-    flag("--t_std", type=float, default=200, help="of the Gaussian, in timesteps (3.2)")
-    flag("--cond_dropout", type=float, default=0.05, help="p: of the samples, 2p lose the context, 2p the condition "
-         "latent, p both (Zero-1-to-3's)")  # fmt: skip
+    flag(
+        "--t_mean",
+        type=cli.finite_float,
+        default=1000,
+        help="mean of the Gaussian, in timesteps (3.2)",
+    )
+    flag(
+        "--t_std",
+        type=cli.positive_finite_float,
+        default=200,
+        help="standard deviation of the Gaussian, in timesteps (3.2)",
+    )
+    flag(
+        "--cond_dropout",
+        type=cli.fraction,
+        default=0.05,
+        help="p, at most 1/3: 2p of the samples lose the context, 2p the condition latent, p both "
+        "(Zero-1-to-3's; the paper is silent)",
+    )
     flag(
         "--unconditional",
         action="store_true",
-        help="null every condition: pretrains a stand-in for Stable Diffusion",
+        help="drop every condition: pretrains a stand-in for Stable Diffusion (ours)",
     )
 
+
+def add_optimisation_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--steps", type=int, default=30_000, help="optimiser steps (A.1)")
-    flag("--batch_size", type=int, default=48, help="samples a micro-batch and process (A.1)")
+    flag("--steps", type=cli.positive_int, default=30_000, help="optimiser steps (A.1)")
+    flag(
+        "--batch_size",
+        type=cli.positive_int,
+        default=48,
+        help="samples a micro-batch and process (A.1)",
+    )
     flag(
         "--accumulate",
-        type=int,
+        type=cli.positive_int,
         default=4,
-        help="micro-batches a step (A.1; 48 x 4 x 8 GPUs: 1536 samples)",
+        help="micro-batches a step (A.1: 48 x 4 x 8 GPUs = 1536 samples)",
     )
-    flag("--lr", type=float, default=1e-4, help="base learning rate (A.1)")
-    flag("--lr_min", type=float, default=1e-5, help="final learning rate (A.1)")
+    flag("--lr", type=cli.positive_finite_float, default=1e-4, help="base learning rate (A.1)")
+    flag("--lr_min", type=cli.nonnegative_float, default=1e-5, help="final learning rate (A.1)")
     flag(
         "--lr_schedule",
         choices=["cosine", "constant"],
         default="cosine",
-        help="after warm-up (3.4, A.1)",
+        help="after the warm-up (3.4, A.1)",
     )
-    flag("--warmup", type=int, default=200, help="steps of linear warm-up (A.1)")
+    flag("--warmup", type=cli.nonnegative_int, default=200, help="steps of linear warm-up (A.1)")
     flag(
         "--cc_lr",
-        type=float,
+        type=cli.nonnegative_float,
         default=1,
-        help="of --lr, for cc_projection (the paper is silent; Zero-1-to-3: 10)",
+        help="learning rate of cc_projection, in multiples of --lr (the paper is silent; "
+        "Zero-1-to-3: 10)",
     )
-    flag("--weight_decay", type=float, default=0.01, help="AdamW's (A.1 says Adam: inferred)")
+    flag(
+        "--weight_decay",
+        type=cli.nonnegative_float,
+        default=0.01,
+        help="AdamW's (A.1 says Adam with weight decay: AdamW is inferred)",
+    )
     flag(
         "--clip",
-        type=float,
+        type=cli.positive_float,
         default=1.0,
-        help="gradient norm's bound (the paper is silent; Zero-1-to-3: inf)",
+        help="bound of the gradient norm (the paper is silent; Zero-1-to-3: inf)",
     )
     flag(
         "--ema",
-        type=float,
+        type=cli.fraction,
         default=0.9999,
-        help="EMA decay's cap (A.1 has an EMA; Zero-1-to-3's value)",
-    )
-    flag(
-        "--max_skips", type=int, default=10, help="non-finite gradients in a row that stop the run"
+        help="cap of the EMA decay (A.1 has an EMA; the value is Zero-1-to-3's)",
     )
 
+
+def add_system_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("system").add_argument
     flag(
         "--precision",
@@ -190,182 +241,219 @@ def parse_args() -> argparse.Namespace:
     )
     flag(
         "--compile",
-        action=toggle,
+        action=BooleanOptionalAction,
         default=False,
-        help="torch.compile the UNet, and --online what is frozen",
+        help="torch.compile the UNet and, with --online, what is frozen",
     )
-    flag("--deterministic", action="store_true", help="bit-for-bit repeatable on one GPU, slower")
+    flag(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on one GPU; slower",
+    )
     flag("--device", default="auto", help="auto, cpu or cuda")
-    flag("--seed", type=int, default=0, help="of initialisation, data order and noise")
+    flag("--seed", type=cli.seed, default=0, help="of initialisation, data order and noise")
 
+
+def add_logging_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("logging").add_argument
     flag("--out", required=True, help="run folder: log.jsonl, step_*/, latest, previews/")
-    flag("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
-    flag("--save_every", type=int, default=1000, help="steps between checkpoints")
-    flag("--keep", type=int, default=2, help="newest checkpoints kept")
+    flag("--log_every", type=cli.positive_int, default=50, help="steps between lines of log.jsonl")
+    flag("--save_every", type=cli.positive_int, default=1000, help="steps between checkpoints")
+    flag("--keep", type=cli.positive_int, default=2, help="number of newest checkpoints that stay")
     flag(
         "--keep_every",
-        type=int,
+        type=cli.nonnegative_int,
         default=0,
-        help="checkpoints at multiples of this stay for good; 0: none",
+        help="checkpoints at multiples of this many steps stay for good; 0: none",
     )
-    flag("--val_every", type=int, default=1000, help="steps between held-out losses; 0: none")
     flag(
-        "--val_pairs", type=int, default=256, help="held-out pairs that this loss is averaged over"
+        "--val_every",
+        type=cli.nonnegative_int,
+        default=1000,
+        help="steps between held-out losses; 0: none",
     )
-    flag("--preview_every", type=int, default=5000, help="steps between sample grids; 0: none")
-    args = parser.parse_args()
+    flag(
+        "--val_pairs",
+        type=cli.positive_int,
+        default=256,
+        help="held-out pairs that this loss is averaged over",
+    )
+    flag(
+        "--preview_every",
+        type=cli.nonnegative_int,
+        default=5000,
+        help="steps between grids of samples; 0: none",
+    )
 
-    positive = "steps batch_size accumulate log_every save_every keep heads width res_blocks t_std lr clip context_dim "
-    positive += "image_size encoder_size pixels_factor"
-    require_positive(args, *positive.split(), "max_skips", "val_pairs")
-    for key in ("lr", "lr_min", "cc_lr", "warmup", "weight_decay", "t_std"):
-        if not 0 <= getattr(args, key) < math.inf:
-            raise InputError(f"--{key} {getattr(args, key)}: must be finite and not negative")
-    if not (args.online or args.archive) or args.online != bool(args.data):
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError where flags do not go together."""
+    if not args.online and not args.archive or args.online != bool(args.data):
         raise InputError("give --archive, or --online with --data, or all three")
-    if not 0 <= args.cond_dropout <= 1 / 3:
-        raise InputError(f"--cond_dropout {args.cond_dropout}: between 0 and 1/3")
-    if not 0 <= args.ema <= 1:
-        raise InputError(f"--ema {args.ema}: between 0 and 1")
-    if min(args.channel_mult) < 1:
-        raise InputError(f"--channel_mult {args.channel_mult}: whole numbers above 0")
-    if strange := set(args.attention) - {
-        2**stage for stage in range(max(3, len(args.channel_mult)))
-    }:
-        raise InputError(
-            f"--attention {min(strange)}: no stage is downsampled so; they are by 1, 2, 4, ..."
-        )
+    if args.cond_dropout > 1 / 3:
+        raise InputError(f"--cond_dropout {args.cond_dropout}: at most 1/3")
+    stages = max(3, len(args.channel_mult))
+    for factor in args.attention:
+        if factor not in [2**stage for stage in range(stages)]:
+            raise InputError(f"--attention {factor}: stages are downsampled by 1, 2, 4, ...")
     if not -5 * args.t_std < args.t_mean < TIMESTEPS + 5 * args.t_std:
-        raise InputError(f"--t_mean {args.t_mean}: within 5 --t_std of 0 to {TIMESTEPS}")
-    return args
+        raise InputError(f"--t_mean {args.t_mean}: must be within 5 --t_std of 0 to {TIMESTEPS}")
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
+# ---------------------------------------------------------------------------------- pure functions
 
 
 def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then half a period of a cosine from lr to lr_min (A.1), of a step counted from 0."""
+    """Linear warm-up, then half a cosine period from lr to lr_min (A.1); step counts from 0."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.lr_schedule == "constant":
         return args.lr
-    progress = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
-    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ema_decay(step: int, cap: float) -> float:
-    """Zero-1-to-3's (LDM's) warm-up of the EMA, counted in optimiser steps from 0: 2/11 at first."""
+    """LDM's warm-up of the EMA, in optimiser steps from 0: it starts at 2/11."""
     return min(cap, (2 + step) / (11 + step))
 
 
-@torch.no_grad()  # the weights have gradients: a graph of all updates would grow with every step
+@torch.no_grad()  # without it, a graph of all updates would grow with every step
 def update_ema(averaged: list[Tensor], trained: list[Tensor], decay: float) -> None:
-    """EMA of all that trains, once an optimiser step (A.1): averaged = decay * averaged + (1 - decay) * trained."""
+    """EMA of all that trains (A.1): averaged = decay * averaged + (1 - decay) * trained."""
     # Deviation: A.1 and Zero-1-to-3 average the UNet alone; Zero-1-to-3 counts micro-batches.
     torch._foreach_lerp_(averaged, trained, 1 - decay)
 
 
 def step_draws(
     seed: int, step: int, global_batch: int, shape: tuple, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Everything random of an optimiser step, for the whole global batch, from (seed, step).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything random of an optimiser step, for its whole global batch G, from (seed, step).
 
-    (u_t, u_drop, noise, posterior): u (G,) float64 uniform on [0, 1), the others (G, *shape) float32 normal. Drawn on
-    the device: CPUs and GPUs draw differently.
+    Returns u_t and u_drop (G,), float64 uniform on [0, 1), then noise and posterior noise
+    (G, *shape), float32 normal. Drawn on the device, so CPUs and GPUs draw differently.
     """
     generator = data.seeded(seed, step, device=device)
     uniform = torch.rand(2, global_batch, generator=generator, device=device, dtype=torch.float64)
     normal = torch.randn(2, global_batch, *shape, generator=generator, device=device)
-    return *uniform, *normal
+    return uniform[0], uniform[1], normal[0], normal[1]
 
 
-def binned(losses: Tensor, t: Tensor) -> Tensor:
-    """(2 BINS,) float64: the sum of finite losses (B,) whose timesteps (B,) fall in each bin, and their number."""
+def losses_by_timestep(losses: Tensor, t: Tensor) -> Tensor:
+    """(2, BINS) float64: sum and number of the finite losses (B,) by the bins of t (B,)."""
     member = F.one_hot(t * BINS // TIMESTEPS, BINS).double() * losses.isfinite()[:, None]
-    return torch.cat([losses.double().nan_to_num(0, 0, 0) @ member, member.sum(0)])
+    sums = losses.double().nan_to_num(0, 0, 0) @ member
+    return torch.stack([sums, member.sum(0)])
 
 
-def due(done: int, every: int, args) -> bool:
-    """Whether something that happens every so many steps happens after `done` of them; at the end it does."""
-    return every > 0 and (done % every == 0 or done == args.steps)
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether what happens every so many steps happens after `step` of them; at the end it does."""
+    return every > 0 and (step % every == 0 or step == steps)
 
 
-# ---------------------------------------------------------------------------------------------- data and the model
+# ------------------------------------------------------------------------------------------- data
 
 
-def open_data(args, device: torch.device):
-    """(training set, held-out set, prepare, frozen): `prepare` turns a set's batch into what the model takes.
+def open_data(args, device: torch.device, precision: str):
+    """(training set, held-out set, prepare, frozen).
 
-    frozen: the specs of encoder and codec and what a checkpoint keeps of them; see checkpoints.save_model.
+    prepare(batch of a set) -> (target mean, target log variance, condition), on the device. frozen:
+    the specs of encoder and codec and what else a checkpoint keeps of them; see `save_checkpoint`.
+    Raises InputError.
     """
-    if not args.archive:
-        encoder, codec = open_frozen(args, device)
-        names = data.list_objects(args.data)
-        train, val = (
-            data.split_objects(names, args.val_fraction, split) for split in ("train", "val")
-        )
-        train_set = data.ImagePairs(args.data, train, args.image_size, args.seed, args.skip_bad)
-        val_set = data.ImagePairs(args.data, val, args.image_size, 0, args.skip_bad)
-        frozen = {"encoder": encoder.spec(), "codec": pretrained.codec_spec(codec), "image_size": args.image_size,
-                  "val_fraction": args.val_fraction, "tensors": pretrained.own_tensors(encoder)}  # fmt: skip
-        frozen["objects"] = list_id(names)
-    else:
+    encoder = None
+    codec = None
+    if args.archive:
         train_set = data.Archive(args.archive, "train", args.seed, args.data, args.amalgamate)
         val_set = data.Archive(args.archive, "val", 0, args.data, args.amalgamate)
-        frozen = {
-            key: train_set.manifest[key]
-            for key in ("encoder", "codec", "image_size", "val_fraction")
-        }
-        frozen["objects"] = list_id(train_set.manifest["objects"])
-        if args.online:  # archived latents, features as training goes
-            encoder = pretrained.ImageEncoder(
-                args.encoder, args.weights, tuple(args.layers), args.encoder_size
-            )
-            frozen |= {
-                "encoder": encoder.to(device).spec(),
-                "tensors": pretrained.own_tensors(encoder),
-            }
-            if args.compile:
-                compile_frozen(encoder)
-        else:
-            file = Path(args.archive) / "frozen.safetensors"
-            frozen["tensors"] = pretrained.read_tensors(file) if file.exists() else {}
-    if not len(train_set):
-        raise InputError(f"{args.archive or args.data}: no training object with two views")
-
-    def prepare(batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(target's posterior mean, its log-variance, condition), on the device."""
+        frozen = archived_networks(args.archive, train_set.manifest)
         if args.online:
-            with autocast(device, args.precision):
-                cond = batch.pop("cond").to(device, non_blocking=True)
-                batch["cls"], batch["patch"] = encoder(cond)
-                if not args.archive:
-                    target = batch.pop("target").to(device, non_blocking=True)
-                    batch["latent"] = codec.encode(cond)[0]
-                    batch["target_mean"], batch["target_logvar"] = codec.encode(target)
-        move = {
-            k: v.to(device, non_blocking=True).float()
-            for k, v in batch.items()
-            if isinstance(v, Tensor)
+            encoder = open_online_encoder(args, device)
+            frozen["encoder"] = encoder.spec()
+            frozen["tensors"] = pretrained.own_tensors(encoder)
+    else:
+        encoder, codec = pretrained.open_frozen(args, device)
+        names = data.list_objects(args.data)
+        train_names = data.split_objects(names, args.val_fraction, "train")
+        val_names = data.split_objects(names, args.val_fraction, "val")
+        train_set = data.ImagePairs(args.data, train_names, args.image_size, args.seed)
+        val_set = data.ImagePairs(args.data, val_names, args.image_size, 0)
+        frozen = {
+            "encoder": encoder.spec(),
+            "codec": pretrained.codec_spec(codec),
+            "image_size": args.image_size,
+            "val_fraction": args.val_fraction,
+            "tensors": pretrained.own_tensors(encoder),
+            "objects": list_id(names),
         }
-        return move.pop("target_mean"), move.pop("target_logvar"), move
-
+    if len(train_set) == 0:
+        raise InputError(f"{args.archive or args.data}: no training object with two views")
+    prepare = functools.partial(
+        prepare_batch, encoder=encoder, codec=codec, device=device, precision=precision
+    )
     return train_set, val_set, prepare, frozen
 
 
+def archived_networks(root: str, manifest: dict) -> dict:
+    """`frozen` of an archive; its own tensors are random weights and the PCA, where it has them."""
+    own = Path(root) / "frozen.safetensors"
+    return {
+        "encoder": manifest["encoder"],
+        "codec": manifest["codec"],
+        "image_size": manifest["image_size"],
+        "val_fraction": manifest["val_fraction"],
+        "tensors": pretrained.read_tensors(own) if own.exists() else {},
+        "objects": list_id(manifest["objects"]),
+    }
+
+
+def open_online_encoder(args, device: torch.device) -> nn.Module:
+    """The image encoder that runs while training on archived latents."""
+    layers = tuple(args.layers)
+    encoder = pretrained.ImageEncoder(args.encoder, args.weights, layers, args.encoder_size)
+    encoder.to(device)
+    if args.compile:
+        pretrained.compile_frozen(encoder)
+    return encoder
+
+
+def prepare_batch(
+    batch: dict, encoder, codec, device: torch.device, precision: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A batch of data.Archive or data.ImagePairs as the training step takes it, on the device.
+
+    encoder, codec: what was not archived and encodes the batch's images here; None otherwise.
+    Returns the target's posterior mean and log variance (B, C, H, W) and the condition.
+    """
+    rows = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    with autocast(device, precision):
+        if encoder is not None:
+            rows["cls"], rows["patch"] = encoder(rows["cond"])
+        if codec is not None:
+            rows["latent"] = codec.encode(rows["cond"])[0]
+            rows["target_mean"], rows["target_logvar"] = codec.encode(rows["target"])
+    condition = {}
+    for key in ("latent", "cls", "pose", "patch"):
+        if rows.get(key) is not None:
+            condition[key] = rows[key].float()
+    return rows["target_mean"].float(), rows["target_logvar"].float(), condition
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
 def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
-    """The model that the flags and the frozen encoders' shapes ask for. Raises InputError naming the flag."""
-    encoder, channels = frozen["encoder"], frozen["codec"]["channels"]
+    """The model that flags and encoders ask for. Raises InputError naming the flag."""
+    encoder = frozen["encoder"]
+    channels = frozen["codec"]["channels"]
     if args.amalgamate and not encoder["feature_dim"]:
-        raise InputError(
-            "--amalgamate: no patch features, --layers is or was empty; --no-amalgamate does without"
-        )
+        raise InputError("--amalgamate: --layers is empty; --no-amalgamate does without features")
     torch.manual_seed(args.seed)
     try:
         model = NovelViewModel(
             cls_dim=encoder["cls_dim"],
             prediction=args.prediction,
+            pose_embedding=args.pose_embedding,
             in_channels=2 * channels,
             out_channels=channels,
             model_channels=args.width,
@@ -381,345 +469,459 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
         )
     except ValueError as error:
         raise InputError(f"--width, --channel_mult, --heads or --image_size: {error}") from None
-    if (
-        args.unconditional
-    ):  # as --init extends Stable Diffusion's: what never sees a condition starts at zero
-        torch.nn.init.zeros_(model.unet.input_blocks[0][0].weight[:, channels:])
+    if args.unconditional:  # these never see a condition: zero, as --init extends Stable Diffusion
+        nn.init.zeros_(model.unet.input_blocks[0][0].weight[:, channels:])
     return model
 
 
-@torch.no_grad()
-def held_out_loss(
-    models: list[NovelViewModel], val_set, prepare, args, scale: float, rank: int, world: int
-) -> Tensor:
-    """Mean loss (models, BINS) on --val_pairs fixed pairs at the middle timestep of each bin, with fixed noise.
+def match_gradient_layout(model: NovelViewModel) -> None:
+    """Gives the 1x1 convolutions the memory layout of their gradients.
 
-    Uniform over t whatever training samples, so that runs compare. Reads nothing that training draws.
+    They run as linear layers, whose gradients are contiguous; DDP would copy where layouts differ.
     """
-    device = models[0].alpha_bar.device
-    total = torch.zeros(len(models), BINS, dtype=torch.float64, device=device)
-    mine = list(range(rank, args.val_pairs, world))
-    for first in range(0, len(mine), args.batch_size):
-        positions = mine[first : first + args.batch_size]
-        mean, _, condition = prepare(val_set[positions])
-        generators = [data.seeded(0, position) for position in positions]
-        for b in range(BINS):
-            noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(
-                device
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj_in.weight", "proj_out.weight")):
+            parameter.data = parameter.data.flatten(1)[:, :, None, None]
+
+
+def averages_of_trained(ema: NovelViewModel, model: NovelViewModel) -> list[Tensor]:
+    """The EMA's parameters of those that train in the model, in the same order."""
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    return [average for average, parameter in pairs if parameter.requires_grad]
+
+
+def make_optimizer(model: NovelViewModel, args) -> torch.optim.Optimizer:
+    """AdamW over all that trains (A.1); cc_projection learns at --cc_lr times the others' rate."""
+    projection = list(model.cc_projection.parameters())
+    others = [p for p in model.unet.parameters() if p.requires_grad]
+    if model.pose_mlp is not None:
+        others.extend(model.pose_mlp.parameters())
+    groups = [
+        {"params": others, "lr_multiple": 1.0},
+        {"params": projection, "lr_multiple": args.cc_lr},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True
+    )
+
+
+def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Skips steps with non-finite gradients, in every precision; with fp16 it scales the loss, too.
+
+    The other precisions start at a scale of 1, which changes nothing.
+    """
+    if precision == "fp16":
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+@dataclass
+class State:
+    """Where training is. A checkpoint holds it, together with weights and optimiser."""
+
+    accumulate: int  # micro-batches a step
+    losses: Tensor  # (2, BINS) of `losses_by_timestep`, since the last line of the log
+    skipped: Tensor  # () int64: steps skipped so far because a gradient was not finite
+    step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # of training, without validation and saving
+    validated: bool = False  # this step's held-out loss and preview are done
+
+
+def run_facts(args, precision: str, world: int, train_set, val_set, frozen: dict) -> dict:
+    """The flags, and what they stand for here: a checkpoint keeps them, and resuming compares."""
+    return {
+        **vars(args),
+        "precision": precision,
+        "processes": world,
+        "objects": list_id(train_set.names),
+        "held_out_objects": list_id(val_set.names),
+        "frozen": [
+            frozen["encoder"]["sha256"],
+            frozen["encoder"]["layers"],
+            frozen["codec"]["sha256"],
+            frozen["image_size"],
+        ],
+        "encoder_pixels": frozen["encoder"]["image_size"],
+        "held_out": frozen["val_fraction"],
+    }
+
+
+def check_ranks(state: State, facts: dict, where: str, rank: int, world: int) -> None:
+    """Raises InputError where a rank found other files than rank 0."""
+    found = {
+        "steps": state.step,
+        "training objects": facts["objects"],
+        "held-out objects": facts["held_out_objects"],
+        "encoder and codec": facts["frozen"],
+    }
+    check_alike(found, rank, world, where)
+
+
+def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scaler) -> State:
+    """The state of OUT's newest checkpoint, which also fills the last four; else a fresh one.
+
+    facts: `run_facts`. Raises InputError where one of them changed that must not.
+    """
+    device = model.alpha_bar.device
+    losses = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    found = checkpoints.newest_checkpoint(out)
+    if found is None:
+        return State(args.accumulate, losses, skipped)
+    saved, ema_weights = found
+    accumulate = checkpoints.keep_global_batch(
+        saved["args"]["global_batch"], args.batch_size, facts["processes"]
+    )
+    now = {**facts, "accumulate": accumulate}
+    changes = checkpoints.compare_flags(args.out, now, saved["args"])
+    if changes and rank == 0:
+        print("resuming with what differs from the checkpoint:", *changes, sep="\n  ")
+    model.load_state_dict(saved["model"])
+    ema.load_state_dict({name: ema_weights[name] for name in saved["model"]})
+    groups = optimizer.state_dict()["param_groups"]  # by the flags of this time
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+    if saved["args"]["precision"] == facts["precision"]:
+        scaler.load_state_dict(saved["scaler"])
+    if rank == 0:
+        losses = saved["losses"].to(device)  # the sum over ranks
+        checkpoints.point_at(out / f"step_{saved['step']:07d}")
+    return State(
+        accumulate=accumulate,
+        losses=losses,
+        skipped=saved["skipped"].to(device),
+        step=saved["step"],
+        seconds=saved["seconds"],
+        validated=saved["validated"],
+    )
+
+
+def saved_state(state: State, losses: Tensor, facts: dict, model, optimizer, scaler) -> dict:
+    """What `resume` takes. losses: the sum of all ranks' state.losses."""
+    return {
+        "args": facts,
+        "step": state.step,
+        "seconds": state.seconds,
+        "validated": state.validated,
+        "losses": losses,
+        "skipped": state.skipped,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+# -------------------------------------------------------------------------------------------- log
+
+
+def step_values(state: State, lr: float, grad_norm: Tensor, device: torch.device, world: int):
+    """What log.jsonl says of the steps since its last line; resets `state.losses`."""
+    sums, counts = sum_over_ranks(state.losses, world).tolist()
+    state.losses.zero_()
+    norm = float(grad_norm)
+    return {
+        "loss": sum(sums) / sum(counts) if sum(counts) else None,
+        "lr": lr,
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "skipped": int(state.skipped),
+        "loss_by_t": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
+        "peak_memory_gb": peak_memory(device),
+    }
+
+
+class Log:
+    """log.jsonl and the progress bar. Rank 0 has both; other ranks write nothing."""
+
+    def __init__(
+        self, path: Path, state: State, steps: int, global_batch: int, flops: int, rank: int
+    ):
+        self.path = path
+        self.rank = rank
+        self.global_batch = global_batch
+        self.flops = flops
+        self.last_step = state.step  # of the last line
+        self.last_seconds = state.seconds
+        self.last_skipped = int(state.skipped)
+        self.last_loss = None
+        self.stuck = 0  # steps without progress, up to the last line
+        self.bar = cli.progress(total=steps, initial=state.step, unit="step", disable=rank > 0)
+        if rank == 0:
+            trim_log(path, state.step)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.bar.write(text)
+
+    def doing(self, what: str) -> None:
+        """What takes time now, on the progress bar."""
+        self.bar.set_postfix_str(f"{what} ...")
+
+    def write(self, state: State, values: dict) -> None:
+        line = {
+            "step": state.step,
+            "seconds": round(state.seconds, 2),
+            "samples": state.step * self.global_batch,
+            **values,
+        }
+        if self.rank == 0:
+            append(self.path, json.dumps(line) + "\n")
+
+    def write_held_out(self, state: State, model_losses: list, ema_losses: list) -> None:
+        values = {
+            "val_loss": sum(model_losses) / BINS,
+            "val_loss_ema": sum(ema_losses) / BINS,
+            "val_loss_by_t": model_losses,
+            "val_loss_ema_by_t": ema_losses,
+        }
+        self.write(state, values)
+
+    def write_step(self, state: State, values: dict) -> None:
+        """A line on the steps since the last one. Raises InputError where training is stuck."""
+        steps = state.step - self.last_step
+        skipped = values["skipped"] - self.last_skipped
+        rate = steps * self.global_batch / (state.seconds - self.last_seconds)
+        tflops = rate * self.flops / 1e12
+        self.write(
+            state, {**values, "samples_per_second": round(rate, 1), "tflops": round(tflops, 3)}
+        )
+        self.stuck = self.stuck + steps if skipped == steps else 0
+        if self.stuck >= MAX_SKIPPED:
+            raise InputError(
+                f"{self.path.parent}: the gradient was not finite {self.stuck} steps in a row, "
+                f"by step {state.step}"
             )
-            t = torch.full((len(mean),), (2 * b + 1) * TIMESTEPS // (2 * BINS), device=device)
-            for row, model in zip(total, models, strict=True):
-                with autocast(device, args.precision):
-                    keep = 2 * [t < 0] if args.unconditional else []
-                    output = model(
-                        q_sample(scale * mean, t, noise, model.alpha_bar), t, condition, *keep
-                    )
-                row[b] += diffusion_loss(
-                    output, scale * mean, noise, t, model.alpha_bar, args.prediction
-                ).sum()
-    if world > 1:
-        dist.all_reduce(total)
-    return total / args.val_pairs
+        loss = values["loss"]
+        text = "no finite loss" if loss is None else f"loss {loss:.4f}"
+        if loss and self.last_loss and loss > 10 * self.last_loss:
+            text += f" (JUMPED from {self.last_loss:.4f})"
+        self.bar.set_postfix_str(f"{text}, lr {values['lr']:.1e}, {rate:.0f} samples/s")
+        self.last_step = state.step
+        self.last_seconds = state.seconds
+        self.last_skipped = values["skipped"]
+        self.last_loss = loss or self.last_loss
 
 
-def save_preview(path: Path, model: NovelViewModel, codec, val_set, prepare, args) -> None:
-    """A grid of held-out pairs: condition | target | the EMA model's sample."""
-    mean, _, condition = prepare(val_set[list(range(8))])
-    generators = [data.seeded(0, i) for i in range(8)]
-    scale = 0.0 if args.unconditional else 3.0
-    views = sample.decode(
-        sample.ddim(model, [condition], generators, scale=scale, precision=args.precision), codec
+# ---------------------------------------------------------------------------------- held-out pairs
+
+
+class HeldOut:
+    """Held-out loss and previews. The pairs and the noise are fixed, so that runs compare.
+
+    It reads nothing that training draws. codec: decodes previews, on rank 0; scale: the codec's.
+    """
+
+    def __init__(self, val_set, prepare, codec, scale: float, args, precision: str, ranks):
+        self.val_set = val_set
+        self.prepare = prepare
+        self.codec = codec
+        self.scale = scale
+        self.args = args
+        self.precision = precision
+        self.rank, self.world = ranks
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # the compiler would specialise on these batch sizes
+    def losses(self, networks: list[NovelViewModel]) -> list[list[float]]:
+        """Each network's loss at the middle timestep of each bin, averaged over the pairs."""
+        device = networks[0].alpha_bar.device
+        totals = torch.zeros(len(networks), BINS, dtype=torch.float64, device=device)
+        positions = list(range(self.rank, self.args.val_pairs, self.world))
+        for first in range(0, len(positions), self.args.batch_size):
+            chunk = positions[first : first + self.args.batch_size]
+            totals += self.losses_of_pairs(networks, chunk, device)
+        return (sum_over_ranks(totals, self.world) / self.args.val_pairs).tolist()
+
+    def losses_of_pairs(self, networks, positions: list[int], device: torch.device) -> Tensor:
+        """The sums (networks, BINS) of the losses of the pairs at these positions."""
+        mean, _, condition = self.prepare(self.val_set[positions])
+        x0 = self.scale * mean
+        keep = None
+        if self.args.unconditional:
+            keep = torch.zeros(len(positions), dtype=torch.bool, device=device)
+        generators = [data.seeded(0, position) for position in positions]
+        sums = torch.zeros(len(networks), BINS, dtype=torch.float64, device=device)
+        for b in range(BINS):
+            noise = [torch.randn(mean.shape[1:], generator=g) for g in generators]
+            noise = torch.stack(noise).to(device)
+            middle = (2 * b + 1) * TIMESTEPS // (2 * BINS)
+            t = torch.full((len(positions),), middle, device=device)
+            for row, network in zip(sums, networks, strict=True):
+                with autocast(device, self.precision):
+                    losses = training_losses(network, x0, t, noise, condition, keep, keep)
+                row[b] = losses.sum()
+        return sums
+
+    @torch.compiler.set_stance("force_eager")
+    def save_preview(self, path: Path, network: NovelViewModel) -> None:
+        """A grid of eight held-out pairs: condition, target, the network's sample."""
+        mean, _, condition = self.prepare(self.val_set[list(range(8))])
+        generators = [data.seeded(0, i) for i in range(8)]
+        latents = sample.ddim(
+            network,
+            [condition],
+            generators,
+            scale=0.0 if self.args.unconditional else 3.0,
+            precision=self.precision,
+        )
+        columns = [
+            sample.decode(self.scale * condition["latent"], self.codec),
+            sample.decode(self.scale * mean, self.codec),
+            sample.decode(latents, self.codec),
+        ]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        magnify = max(1, 96 // rows[0][0].shape[-1])  # pictures of 32 pixels can hardly be seen
+        save_picture(path, labelled_grid(rows, ["condition", "target", "sample"], magnify))
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def make_deterministic() -> None:
+    """The same bits in every run on one GPU (--deterministic)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch._inductor.config.deterministic = True  # no kernel is chosen by its measured time
+
+
+def start_loader(train_set, args, state: State, ranks, device: torch.device):
+    """An iterator over this rank's micro-batches, from the step that training is at."""
+    positions = data.batch_positions(
+        state.step, args.steps, state.accumulate, args.batch_size, *ranks
     )
-    shown = [sample.decode(codec.scale * z, codec) for z in (condition["latent"], mean)]
-    rows = [list(row) for row in zip(*shown, views, strict=True)]
-    pictures.save_picture(path, pictures.labelled_grid(rows, ["condition", "target", "sample"]))
+    loader = DataLoader(
+        train_set,
+        batch_size=None,  # the sampler gives lists of positions: whole batches
+        sampler=positions,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
+    with start_workers_unstoppable():
+        return iter(loader)
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-def main() -> None:
+def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece)
     args = parse_args()
-    caught = signals.catch_signals()
-    device, rank, world = set_up(
-        args, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    )
+    stop_signals = catch_signals()
+    device, precision = open_device(args.device, args.precision)
+    rank, world = join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch._inductor.config.deterministic = True  # no kernel is chosen by its time
+        make_deterministic()
     out = Path(args.out)
     if rank == 0:
-        held = durable.lock(out, "--out")  # noqa: F841 (closing it would let go)
+        lock_file = lock(out, "--out")  # noqa: F841 (locked as long as the name lives)
         (out / "preempted").unlink(missing_ok=True)
 
     # data, model, EMA, optimiser
-    train_set, val_set, prepare, frozen = open_data(args, device)
+    train_set, val_set, prepare, frozen = open_data(args, device, precision)
     scale = frozen["codec"]["scale"]
-    with torch.compiler.set_stance("force_eager"):  # not of training's batch size
-        example = prepare(train_set[[0]])
-    latent_shape = example[0].shape[1:]
+    with torch.compiler.set_stance("force_eager"):  # the compiler would specialise on batch size 1
+        example_mean, _, example_condition = prepare(train_set[[0]])
+    latent_shape = example_mean.shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
-    resumed = checkpoints.newest_checkpoint(out)
-    if args.init and not resumed:
+    if args.init and not checkpoints.any_checkpoint(out):
         pretrained.check_init(model, args.init, frozen["encoder"])
-        pretrained.load_pretrained(
-            model, pretrained.read_weights(args.init, ("unet", "cc_projection"))
-        )
-    codec = None
-    if rank == 0 and args.preview_every and len(val_set):
-        codec = pretrained.open_codec(frozen["codec"], args.vae, " (or --preview_every 0)").to(
-            device
-        )
+        weights = pretrained.read_weights(args.init, ("unet", "cc_projection"))
+        pretrained.load_pretrained(model, weights)
     model.to(device, memory_format=torch.channels_last)
-    for (
-        name,
-        p,
-    ) in model.named_parameters():  # run as linear layers, their gradients have these strides
-        if name.endswith(("proj_in.weight", "proj_out.weight")):
-            p.data = p.data.flatten(1)[:, :, None, None]
+    match_gradient_layout(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averaged = [
-        e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad
-    ]
-    unet = [p for p in model.unet.parameters() if p.requires_grad]
-    groups = [
-        {"params": unet, "multiple": 1.0},
-        {"params": model.cc_projection.parameters(), "multiple": args.cc_lr},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999), fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    flops = distributed.flops_per_sample(model, example[2])
+    averaged = averages_of_trained(ema, model)
+    optimizer = make_optimizer(model, args)
+    scaler = make_scaler(device, precision)
+    flops = flops_per_sample(model, example_condition)
+    codec = None
+    if rank == 0 and args.preview_every and len(val_set):
+        codec = pretrained.open_codec(frozen["codec"], args.vae, " (or --preview_every 0)")
+        codec.to(device)
+    held_out = HeldOut(val_set, prepare, codec, scale, args, precision, (rank, world))
 
-    # resume
-    start, seconds = 0, 0.0
-    window = torch.zeros(
-        2 * BINS, dtype=torch.float64, device=device
-    )  # losses by timestep since the last log line
-    skips = torch.zeros(
-        2, dtype=torch.int64, device=device
-    )  # non-finite gradients: in a row, in all
-    encoders = [frozen["encoder"]["sha256"], frozen["encoder"]["layers"], frozen["codec"]["sha256"]]
-    facts = {
-        "processes": world,
-        "objects": list_id(train_set.names),
-        "frozen": [*encoders, frozen["image_size"]],
-    }
-    facts |= {"encoder_pixels": frozen["encoder"]["image_size"], "held_out": frozen["val_fraction"]}
-    if resumed:
-        state = checkpoints.restore(resumed, args, facts, rank, model, ema, optimizer, scaler)
-        start, seconds = state["step"], state["seconds"]
-        skips += (
-            state["skips"].clamp(max=torch.tensor([args.max_skips - 1, 2**62])).to(device)
-        )  # it may be lower now
-        window += state["window"].to(device) if rank == 0 else 0
-        del state, resumed
-    found = {
-        "steps": start,
-        "training objects": facts["objects"],
-        "held-out objects": list_id(val_set.names),
-    }
-    found |= {"encoder and codec": facts["frozen"]}
-    first = distributed.from_rank_0(
-        found, world
-    )  # nodes may see different files, or an archive as it grows
-    if other := [key for key in found if found[key] != first[key]]:
-        numbers = f"{other[0]}: {found[other[0]]}, rank 0 {first[other[0]]}"
-        raise InputError(
-            f"--out {out}, --archive or --data: rank {rank} finds other {numbers}; is one being written?"
-        )
-    global_batch = args.batch_size * args.accumulate * world
+    # resume, and make sure that all ranks found the same
+    facts = run_facts(args, precision, world, train_set, val_set, frozen)
+    state = resume(out, args, facts, rank, model, ema, optimizer, scaler)
+    check_ranks(state, facts, f"--out {out}, --archive or --data", rank, world)
+    global_batch = args.batch_size * state.accumulate * world
+    facts["accumulate"] = state.accumulate
+    facts["global_batch"] = global_batch
 
     if args.compile:
-        model.unet.compile(options=COMPILE)  # in place: no _orig_mod in parameter names
-    wrapped = model
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(
-            model,
-            ids,
-            forward_sync_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=256,  # the compiler cuts its graph at each bucket: by default 130 for the paper's model
-        )
-    positions = data.batch_positions(
-        start, args.steps, args.accumulate, args.batch_size, rank, world
+        compile_in_place(model.unet)
+    wrapped = wrap_ddp(model, device) if world > 1 else model
+    batches = start_loader(train_set, args, state, (rank, world), device)
+    log = Log(out / "log.jsonl", state, args.steps, global_batch, flops, rank)
+    log.say(
+        f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} "
+        f"objects, {global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; "
+        f"steps {state.step} to {args.steps}"
     )
-    options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    # torchrun and terminals signal whole process groups: workers, which keep this mask, are still needed for the step
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
-    batches = iter(torch.utils.data.DataLoader(train_set, None, sampler=positions, **options))
-    if args.compile:
-        from torch._inductor.async_compile import maybe_warm_pool
 
-        maybe_warm_pool()  # the compiler's processes, too
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
-    atexit.register(signals.kill_workers)
-    log_path, bad = out / "log.jsonl", []
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0)
-    if rank == 0:
-        durable.trim_log(log_path, start)
-        bar.write(
-            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} objects, "
-            f"{global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; steps {start} to {args.steps}"
-        )
+    first_step = state.step
+    while True:
+        stop = any_rank(bool(stop_signals), world)
+        if not (stop or state.validated or len(val_set) == 0):
+            if due(state.step, args.val_every, args.steps):
+                log.doing("held-out loss")
+                log.write_held_out(state, *held_out.losses([model, ema]))
+            if due(state.step, args.preview_every, args.steps) and rank == 0:
+                log.doing("preview")
+                held_out.save_preview(out / "previews" / f"step_{state.step:07d}.png", ema)
+            state.validated = True
+        if state.step > first_step and (stop or due(state.step, args.save_every, args.steps)):
+            log.doing("saving")
+            losses_of_all = sum_over_ranks(state.losses, world)
+            if rank == 0:
+                saved = saved_state(state, losses_of_all, facts, model, optimizer, scaler)
+                checkpoints.save_checkpoint(out, saved, ema, frozen, args.keep, args.keep_every)
+        if stop or state.step == args.steps:
+            break
 
-    def log(record: dict) -> None:
-        if rank == 0:
-            durable.append(log_path, json.dumps(record) + "\n")
-
-    @torch.compiler.set_stance("force_eager")  # other batch sizes would each be compiled
-    def validate(done: int, seconds: float) -> None:
-        """Held-out loss and preview where they are due after `done` steps; on resuming, if they are not there."""
-        if not len(val_set):
-            return
-        resuming = done == start
-        logged = resuming and agree(rank == 0 and durable.logged(log_path, done, "val_loss"), world)
-        if due(done, args.val_every, args) and not logged:
-            raw, averages = held_out_loss(
-                [model, ema], val_set, prepare, args, scale, rank, world
-            ).tolist()
-            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
-            record |= {"val_loss": sum(raw) / BINS, "val_loss_ema": sum(averages) / BINS}
-            log(record | {"val_loss_by_t": raw, "val_loss_ema_by_t": averages})
-        preview = out / "previews" / f"step_{done:07d}.png"
-        if (
-            due(done, args.preview_every, args)
-            and rank == 0
-            and not (resuming and preview.exists())
-        ):
-            save_preview(preview, ema, codec, val_set, prepare, args)
-
-    if start:
-        validate(start, seconds)  # which a kill may have cut short
-    mark, marked = start, seconds  # step and seconds of the last log line
-    clock = time.perf_counter()
-    for step in range(start, args.steps):
-        # ------------------------------------------------------------------- one optimiser step: this is the method
-        lr = learning_rate(step, args)
+        clock = time.perf_counter()
+        # ------------------------------------------------ one optimiser step: this is the method
+        lr = learning_rate(state.step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["multiple"]
-        draws = step_draws(args.seed, step, global_batch, latent_shape, device)
-        for micro in range(args.accumulate):
+            group["lr"] = lr * group["lr_multiple"]
+        draws = step_draws(args.seed, state.step, global_batch, latent_shape, device)
+        for micro in range(state.accumulate):
             first = (micro * world + rank) * args.batch_size
             u_t, u_drop, noise, posterior = (d[first : first + args.batch_size] for d in draws)
-            batch = next(batches)
-            bad += batch.pop("bad", [])
-            mean, logvar, condition = prepare(batch)
-            x0 = scale * (
-                mean + (0.5 * logvar).exp() * posterior
-            )  # a sample of the codec's posterior, scaled
+            mean, logvar, condition = prepare(next(batches))
+            x0 = scale * (mean + (0.5 * logvar).exp() * posterior)  # from the codec's posterior
             t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
             keep = condition_dropout(u_drop, args.cond_dropout)
             if args.unconditional:
-                keep = (t < 0, t < 0)
-            wrapped.require_backward_grad_sync = micro == args.accumulate - 1  # DDP's no_sync
-            with autocast(device, args.precision):
-                output = wrapped(q_sample(x0, t, noise, model.alpha_bar), t, condition, *keep)
-                losses = diffusion_loss(output, x0, noise, t, model.alpha_bar, args.prediction)
-            scaler.scale(losses.mean() / args.accumulate).backward()
-            window += binned(losses.detach(), t)
+                keep = torch.zeros_like(keep[0]), torch.zeros_like(keep[1])
+            wrapped.require_backward_grad_sync = micro == state.accumulate - 1  # DDP's no_sync
+            with autocast(device, precision):
+                losses = training_losses(wrapped, x0, t, noise, condition, *keep)
+            scaler.scale(losses.mean() / state.accumulate).backward()
+            state.losses += losses_by_timestep(losses.detach(), t)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        overflow = ~norm.isfinite()
-        if not scaler.is_enabled():
-            optimizer.found_inf = (
-                overflow.float()
-            )  # fused AdamW then leaves the weights; nothing waits for the device
-        scaler.step(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip)
+        scaler.step(optimizer)  # not where a gradient is not finite
         scaler.update()
-        optimizer.zero_grad(
-            set_to_none=world == 1
-        )  # DDP's gradients are views of its buckets, to be kept
-        update_ema(averaged, trained, ema_decay(step, args.ema))
-        # ---------------------------------------------------------------------------------------------------------
-        done = step + 1
-        in_a_row = torch.where(
-            skips[0] < args.max_skips, (skips[0] + 1) * overflow, skips[0]
-        )  # at the bound it stays
-        skips = torch.stack([in_a_row, skips[1] + overflow])
-        stop = agree(bool(caught), world)
-        log_due = due(done, args.log_every, args)
-        save_due = due(done, args.save_every, args) or stop
-        bar.update()
-        if not (
-            log_due
-            or save_due
-            or due(done, args.val_every, args)
-            or due(done, args.preview_every, args)
-        ):
-            continue
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP keeps its gradients: parts of its buckets
+        update_ema(averaged, trained, ema_decay(state.step, args.ema))
+        state.skipped += ~grad_norm.isfinite()
+        # ----------------------------------------------------------------------------------------
+        state.step += 1
+        state.validated = False
+        if due(state.step, args.log_every, args.steps):
+            values = step_values(state, lr, grad_norm, device, world)  # waits for the device
+            state.seconds += time.perf_counter() - clock
+            log.write_step(state, values)
+        else:
+            state.seconds += time.perf_counter() - clock
+        log.bar.update()
 
-        total = window.clone()
-        if world > 1:
-            dist.all_reduce(total)
-        in_a_row, skipped = skips.tolist()  # waits for the device
-        if in_a_row >= args.max_skips:
-            raise InputError(
-                f"{out}: the gradient was not finite {in_a_row} steps in a row, by step {done}"
-            )
-        if log_due:
-            window.zero_()
-            sums, counts = total.view(2, BINS).tolist()
-            seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-            rate = (done - mark) * global_batch / (seconds - marked)
-            mark, marked = done, seconds
-            record = {"step": done, "seconds": round(seconds, 2), "samples": done * global_batch}
-            loss, norm = sum(sums) / max(1, sum(counts)), None if in_a_row else float(norm)
-            record |= {
-                "loss": loss if any(counts) else None,
-                "lr": lr,
-                "grad_norm": norm,
-                "skipped": skipped,
-            }
-            record |= {
-                "loss_by_t": [s / c if c else None for s, c in zip(sums, counts, strict=True)]
-            }
-            record |= {
-                "samples_per_second": round(rate, 1),
-                "tflops": round(rate * flops / 1e12, 3),
-            }
-            log(record | {"peak_memory_gb": distributed.peak_memory(device)})
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
-            if bad:
-                bar.write(f"{len(bad)} unreadable so far, the last: {bad[-1]}")
-        seconds += time.perf_counter() - clock  # what follows is no training time
-        if (
-            save_due and rank == 0
-        ):  # first: a held-out image that can't be read takes no training with it
-            kept = {
-                "args": vars(args) | facts | {"global_batch": global_batch},
-                "window": total * (not log_due),
-            }
-            kept |= {
-                "step": done,
-                "seconds": seconds,
-                "skips": skips,
-                "scaler": scaler.state_dict(),
-            }
-            kept |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save_checkpoint(out, kept, ema, frozen, args)
-        if not stop or done == args.steps:  # else the next start does it
-            validate(done, seconds)
-        clock = time.perf_counter()
-        if stop and done < args.steps:
-            if rank == 0:
-                durable.write_atomically(out / "preempted", Path.touch)
-                bar.write(
-                    f"stopped by a signal after step {done}; the same command goes on from there"
-                )
-            break
-    bar.close()
+    if rank == 0 and state.step < args.steps:
+        write_text(out / "preempted", "")
+        log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
+    log.bar.close()
     if rank == 0:
-        print(
-            f"{out}: {done if start < args.steps else start} steps in {seconds:.0f} s of training"
-        )
-    if world > 1:
-        dist.destroy_process_group()
+        print(f"{out}: {state.step} steps in {state.seconds:.0f} s of training")
+    leave_ranks(world)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,40 @@ def out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in theirs)
 
 
+# --------------------------------------------------------------------------------- progress bars
+
+
+class LineProgress(tqdm):
+    """tqdm for log files: a plain line every 30 seconds in place of a bar that is redrawn."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, mininterval=30, miniters=0, ascii=True, **options)
+
+    @staticmethod
+    def status_printer(file):
+        def print_status(text: str) -> None:
+            if text:
+                file.write(text.strip() + "\n")
+                file.flush()
+
+        return print_status
+
+    def clear(self, nolock: bool = False) -> None:
+        """There is nothing to clear."""
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """tqdm's bar, with its options, on a terminal; elsewhere a line every 30 seconds.
+
+    Elsewhere is a log file of SLURM, nohup or CI. TQDM_DISABLE=1 silences both.
+    """
+    if options.get("disable") is False:
+        del options["disable"]  # it would override TQDM_DISABLE
+    if sys.stderr.isatty():
+        return tqdm(iterable, **options)
+    return LineProgress(iterable, **options)
+
+
 def end_progress_bars() -> None:
     """Closes tqdm's bars, so that what is printed next starts on a new line."""
     for bar in list(getattr(tqdm, "_instances", ())):

@@ -4,6 +4,7 @@ A rank is one of the processes that torchrun starts; the world size is their num
 """
 
 import copy
+import inspect
 import os
 import resource
 from datetime import timedelta
@@ -11,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.cli import InputError
 
@@ -102,7 +104,7 @@ def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
 
 
 def check_alike(facts: dict, rank: int, world: int, where: str) -> None:
-    """Raises InputError where a rank finds other facts than rank 0: other files, or a growing archive.
+    """Raises InputError where a rank finds other facts than rank 0: other files, say.
 
     facts: {what, in words: value}; where: the flags to look at.
     """
@@ -113,6 +115,29 @@ def check_alike(facts: dict, rank: int, world: int, where: str) -> None:
                 f"{where}: rank {rank} finds {what} {value}, rank 0 {theirs[what]}; "
                 "is one being written?"
             )
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DDP around a model whose buffers never change and so are not synchronised."""
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # The compiler cuts its graph at each bucket: by default 130 for the paper's model.
+        bucket_cap_mb=256,
+        **{sync: False},
+    )
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """torch.compile that keeps the parameters' names."""
+    options = {}
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+        # A fusion for GPUs that fails an assertion of torch 2.14.1 at some shapes.
+        options["triton.mix_order_reduction"] = False
+    module.compile(options=options)
 
 
 def flops_per_sample(model: nn.Module, condition: dict[str, Tensor]) -> int:

@@ -1,6 +1,6 @@
-"""Nothing lost: files that appear whole or not at all, logs, locks, signals.
+"""Nothing lost: files that appear whole or not at all, logs, locks.
 
-tests/test_faults.py pulls the plug on all of it; the README's reliability section says what is promised.
+tests/test_faults.py pulls the plug on all of it; docs/reliability.md says what is promised.
 """
 
 import contextlib
@@ -9,17 +9,16 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lib.cli import InputError
 
-# ------------------------------------------------------------------------------------------------------------- files
-
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync of a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,105 +26,114 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write) -> None:
-    """Make the folder, call write(temporary path), flush to disk, rename: the file appears whole or not at all.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes the folder, calls write(temporary path), flushes to disk and renames to `path`.
 
-    Raises InputError naming the path.
+    The file appears whole or not at all. Raises InputError naming the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         flush(temporary)
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError, disk full
         raise InputError(f"{path}: could not be written ({error})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all. Raises InputError naming the path."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def check_writable(path: Path) -> None:
-    """Raises InputError now rather than after hours, where a file can't be written; what it holds stays."""
-    there = path.exists()
-    write_atomically(
-        path, lambda temporary: temporary.write_bytes(path.read_bytes() if there else b"")
-    )
-    if not there:
+    """Raises InputError now, rather than after hours, where a file can't be written.
+
+    What the file holds stays.
+    """
+    if path.exists():
+        content = path.read_bytes()
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    else:
+        write_text(path, "")
         path.unlink()
 
 
-def write_jsonl(path: Path, records) -> None:
-    """A line of JSON a record; the file appears whole or not at all. Raises InputError naming the path."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+# ------------------------------------------------------------------------------- JSON lines, logs
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The records of a .jsonl file; a line that a crash tore, or still being written, is left out.
+
+    Raises InputError naming the file.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error})") from None
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """One line of JSON a record; the file appears whole or not at all. Raises InputError."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def append(path: Path, text: str) -> None:
-    """Add to a log, flushed to disk. Raises InputError naming the path."""
+    """Adds text to a log and flushes it to disk. Raises InputError naming the path."""
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(text)
         flush(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; checkpoints are intact") from None
 
 
-def lock(folder: Path, flag: str):
-    """Make the folder, hold FOLDER/lock while the result lives, clear away what a killed job left half-written.
+def trim_log(path: Path, step: int) -> None:
+    """Drops the lines after this step, from which training resumes, and a torn last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))
 
-    Raises InputError where another job holds it. A POSIX lock: data workers don't inherit it, and NFS has it.
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+def lock(folder: Path, flag: str):
+    """Makes the folder and locks it for this job, as long as the returned file stays open.
+
+    What a killed job left half-written is cleared away. The lock is a POSIX lock, which data
+    workers do not inherit and which NFS has. Raises InputError where another job holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")
+        file = open(folder / "lock", "a")  # noqa: SIM115 (closing it would release the lock)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{flag} {folder}: another job is writing there") from None
         except OSError as error:
             print(f"WARNING: {folder}: no locks here ({error.strerror}); start no second job on it")
-        for (
-            stale
-        ) in folder.iterdir():  # `write_atomically`'s, safetensors' own, `save_checkpoint`'s
-            if stale.is_file() and re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", stale.name):
-                stale.unlink()
-        if (folder / ".step.tmp").exists():
-            shutil.rmtree(folder / ".step.tmp")
+        remove_leftovers(folder)
     except OSError as error:
         raise InputError(f"{flag} {folder}: {error.strerror}") from None
     return file
 
 
-def read_lines(path: str | Path) -> list[dict]:
-    """The records of a .jsonl file, but for lines torn by a crash or still being written. Raises InputError."""
-    try:
-        return [
-            json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")
-        ]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error})") from None
-
-
-def logged(path: Path, step: int, key: str) -> bool:
-    """Whether a log has a line of this step with this key."""
-    return path.exists() and any(line["step"] == step and key in line for line in read_lines(path))
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drop log lines beyond the step resumed from, and a torn last one."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files: write_atomically's, safetensors' own, save_checkpoint's folder."""
+    for path in folder.iterdir():
+        if path.is_file() and re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", path.name):
+            path.unlink()
+    if (folder / ".step.tmp").exists():
+        shutil.rmtree(folder / ".step.tmp")

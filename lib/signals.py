@@ -1,20 +1,15 @@
 """Signals that ask a job to stop: it ends its step, writes a checkpoint, and leaves."""
 
+import atexit
+import contextlib
 import multiprocessing
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def kill_workers() -> None:
-    """At exit, for whatever reason: Python would wait for ever for data workers that block SIGNALS."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 def catch_signals() -> list[int]:
-    """SIGNALS land in the list, for the loop to see; a second one stops the process at once."""
+    """SIGNALS are collected in the returned list; a second one stops the process at once."""
     caught: list[int] = []
 
     def handler(number, frame):
@@ -25,3 +20,25 @@ def catch_signals() -> list[int]:
     for number in SIGNALS:
         signal.signal(number, handler)
     return caught
+
+
+@contextlib.contextmanager
+def start_workers_unstoppable():
+    """Data workers that are started inside the block ignore SIGNALS; they end with this process.
+
+    torchrun and terminals send a signal to all processes of a job, and the step that is under way
+    still needs its workers.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        atexit.register(kill_workers)
+
+
+def kill_workers() -> None:
+    """Without this, Python would wait at exit for workers that block SIGNALS, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise
+    for worker in multiprocessing.active_children():
+        worker.kill()

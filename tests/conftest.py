@@ -14,7 +14,7 @@ def tree(tmp_path_factory) -> Path:
     from tools import shapes
 
     root = tmp_path_factory.mktemp("shapes") / "tree"
-    call(shapes, "--out", root, "--objects", 12, "--views", 4, "--size", 32)
+    call(shapes, "--out", root, "--kind", "blocks", "--objects", 12, "--views", 4, "--size", 32)
     return root
 
 

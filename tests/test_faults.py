@@ -111,15 +111,30 @@ def at_step(step: int, action) -> None:
 
 
 def poison(steps) -> None:
-    """Make the noisy latents of these steps NaN."""
-    now, rate, noised = [0], train.learning_rate, train.q_sample
-    train.learning_rate = lambda step, args: now.__setitem__(0, step) or rate(step, args)
-    train.q_sample = lambda *a: noised(*a) * (float("nan") if now[0] in steps else 1)
+    """Make the losses of these optimiser steps NaN."""
+    losses_of = train.training_losses
+    now = [0]
+
+    def remember(step: int) -> None:
+        now[0] = step
+
+    def poisoned(*args):
+        losses = losses_of(*args)
+        return losses * float("nan") if now[0] in steps else losses
+
+    rate = train.learning_rate
+
+    def rate_of_step(step, args):
+        remember(step)
+        return rate(step, args)
+
+    train.learning_rate = rate_of_step
+    train.training_losses = poisoned
 
 
 @pytest.fixture(autouse=True)
 def restore(monkeypatch):
-    for module, name in ((train, "learning_rate"), (train, "q_sample"), (data, "SHARD_OBJECTS")):
+    for module, name in ((train, "learning_rate"), (train, "training_losses"), (data, "SHARD_OBJECTS")):
         monkeypatch.setattr(module, name, getattr(module, name))
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
@@ -204,7 +219,7 @@ def same_run(*runs: Path) -> None:
     states = [load_state(run / "step_0000010") for run in runs]
     assert all(
         same(*(state[key] for state in states))
-        for key in ("model", "optimizer", "scaler", "skips", "window")
+        for key in ("model", "optimizer", "scaler", "skipped", "losses")
     )
     assert same(*(load_file(run / "step_0000010" / "model.safetensors") for run in runs))
     assert same(*map(log_lines, runs))

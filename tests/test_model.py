@@ -15,8 +15,9 @@ from model import (
     amalgamate,
     channels_last_group_norm,
     condition_dropout,
-    diffusion_loss,
+    prediction_loss,
     noise_schedule,
+    pose_features,
     predicted_x0_eps,
     q_sample,
     resize_matrix,
@@ -250,12 +251,12 @@ def test_prediction_and_loss_agree(prediction):
         (1 - alpha_bar[t]).sqrt()[:, None, None, None],
     )
     output = {"eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[prediction]
-    assert diffusion_loss(output, x0, noise, t, alpha_bar, prediction).abs().max() < 1e-10
+    assert prediction_loss(output, x0, noise, t, alpha_bar, prediction).abs().max() < 1e-10
     wrong = (
         1 if prediction == "x0" else 2
     )  # in x0: as 1 / sigma in v, and at the cleanest steps as 10**0.5
     expected = [10, 10, *(1 / sigma.flatten()[2:] ** 2).tolist()] if prediction == "x0" else 5 * [4]
-    assert diffusion_loss(
+    assert prediction_loss(
         output + wrong, x0, noise, t, alpha_bar, prediction
     ).tolist() == pytest.approx(expected, 1e-4)
     back_x0, back_noise = predicted_x0_eps(
@@ -263,3 +264,54 @@ def test_prediction_and_loss_agree(prediction):
     )
     torch.testing.assert_close(back_x0, x0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(back_noise, noise, atol=1e-4, rtol=1e-4)
+
+
+# ---- --pose_embedding mlp -------------------------------------------------------------------------------------------
+
+
+def pose_models():
+    """(token, mlp) with the same seed."""
+    models = []
+    for pose_embedding in ("token", "mlp"):
+        torch.manual_seed(0)
+        models.append(NovelViewModel(cls_dim=16, pose_embedding=pose_embedding, **SMALL))
+    return models
+
+
+def test_pose_features_are_sines_and_cosines_of_multiples():
+    pose = torch.tensor([[0.3, 0.8, -0.6, 0.1]])
+    features = pose_features(pose)
+    assert features.shape == (1, 36)
+    assert torch.equal(features[:, :4], pose)
+    angles = torch.cat([pose, 2 * pose, 4 * pose, 8 * pose], dim=1)
+    torch.testing.assert_close(features[:, 4:], torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def test_the_pose_mlp_starts_as_nothing_and_leaves_all_else_as_it_was():
+    token, mlp = pose_models()
+    weights = mlp.state_dict()
+    for name, value in token.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    mlp.load_state_dict(randomised(token).state_dict(), strict=False)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 300, 700, 999])
+    assert torch.equal(token(x, t, small_condition()), mlp(x, t, small_condition()))
+
+
+def test_the_pose_mlp_adds_nothing_where_the_context_is_dropped():
+    token, mlp = (randomised(model) for model in pose_models())
+    token.load_state_dict(
+        {k: v for k, v in mlp.state_dict().items() if not k.startswith("pose_mlp.")}
+    )
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 300, 700, 999])
+    keep = torch.tensor([True, False, True, False])
+    plain = token(x, t, small_condition(), keep)
+    with_pose = mlp(x, t, small_condition(), keep)
+    torch.testing.assert_close(with_pose[~keep], plain[~keep])
+    assert (with_pose[keep] - plain[keep]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+def test_another_pose_embedding_is_refused():
+    with pytest.raises(ValueError, match="token or mlp"):
+        NovelViewModel(cls_dim=16, pose_embedding="rays", **SMALL)
