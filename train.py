@@ -44,6 +44,7 @@ from lib.distributed import (
     check_alike,
     compile_in_place,
     flops_per_sample,
+    free_memory,
     join_ranks,
     leave_ranks,
     open_device,
@@ -76,8 +77,30 @@ def parse_args() -> argparse.Namespace:
     add_system_flags(parser)
     add_logging_flags(parser)
     args = parser.parse_args()
+    if args.init:
+        # A run of ours tells its architecture; flags that are given explicitly come first.
+        parser.set_defaults(**architecture_of(args.init))
+        args = parser.parse_args()
     check_flags(args)
     return args
+
+
+def architecture_of(source: str) -> dict:
+    """The flags of the model in a run of ours, for --init; {} for other checkpoints."""
+    meta = pretrained.own_meta(source)
+    if meta is None:
+        return {}
+    model = meta["model"]
+    return {
+        "width": model["model_channels"],
+        "channel_mult": model["channel_mult"],
+        "res_blocks": model["num_res_blocks"],
+        "attention": model["attention_resolutions"],
+        "heads": model["num_heads"],
+        "context_dim": model["context_dim"],
+        "prediction": model["prediction"],
+        "pose_embedding": model.get("pose_embedding", "token"),
+    }
 
 
 def add_data_flags(parser: ArgumentParser) -> None:
@@ -298,18 +321,41 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--attention {factor}: stages are downsampled by 1, 2, 4, ...")
     if not -5 * args.t_std < args.t_mean < TIMESTEPS + 5 * args.t_std:
         raise InputError(f"--t_mean {args.t_mean}: must be within 5 --t_std of 0 to {TIMESTEPS}")
+    if args.lr_schedule == "cosine" and args.lr < args.lr_min:
+        raise InputError(f"--lr {args.lr}: below --lr_min {args.lr_min}; the cosine would rise")
+
+
+def notes_on_flags(args) -> list[str]:
+    """What a newcomer should know of these flags before the run."""
+    notes = []
+    if args.warmup > args.steps // 2:
+        notes.append(
+            f"note: --warmup {args.warmup} is shortened to half of --steps, {args.steps // 2}"
+        )
+    gaussian_at_the_end = args.t_sampling == "gaussian" and args.t_mean - args.t_std > 600
+    if not args.init and (args.prediction == "eps" or gaussian_at_the_end):
+        notes.append(
+            "note: these flags presume a pretrained UNet (--init). From scratch, eps prediction "
+            "learns slowly, and N(1000, 200) never shows the late timesteps (P(t < 400) is 0.3%): "
+            "see presets/small.txt"
+        )
+    return notes
 
 
 # ---------------------------------------------------------------------------------- pure functions
 
 
 def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then half a cosine period from lr to lr_min (A.1); step counts from 0."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
+    """Linear warm-up, then half a cosine period from lr to lr_min (A.1); step counts from 0.
+
+    The warm-up takes at most half of the steps.
+    """
+    warmup = min(args.warmup, args.steps // 2)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
     if args.lr_schedule == "constant":
         return args.lr
-    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    done = min(1.0, (step - warmup) / max(1, args.steps - warmup))
     return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -472,6 +518,19 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
     if args.unconditional:  # these never see a condition: zero, as --init extends Stable Diffusion
         nn.init.zeros_(model.unet.input_blocks[0][0].weight[:, channels:])
     return model
+
+
+def check_memory(model: NovelViewModel, device: torch.device) -> None:
+    """Raises InputError where EMA, gradients and AdamW's moments will not fit beside the model."""
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = 16 * parameters  # bytes: EMA 4, gradient 4, two moments 8
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"--width {model.args['model_channels']}: the model's {parameters / 1e6:.0f} M "
+            f"parameters take {needed / 1e9:.1f} GB more (EMA, gradients and AdamW: 16 bytes each), "
+            f"{free / 1e9:.1f} GB are free on {device}; presets/small.txt is a small model"
+        )
 
 
 def match_gradient_layout(model: NovelViewModel) -> None:
@@ -825,6 +884,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         weights = pretrained.read_weights(args.init, ("unet", "cc_projection"))
         pretrained.load_pretrained(model, weights)
     model.to(device, memory_format=torch.channels_last)
+    check_memory(model, device)
     match_gradient_layout(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -856,6 +916,8 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         f"objects, {global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; "
         f"steps {state.step} to {args.steps}"
     )
+    for note in notes_on_flags(args):
+        log.say(note)
 
     first_step = state.step
     while True:

@@ -126,7 +126,7 @@ def run_script(main) -> None:
         # A DataLoader raises its worker's error again, with the worker's traceback as the message.
         lines = str(error).strip().splitlines() or ["invalid input"]
         stop_with(re.sub(r"^[\w.]*InputError: ", "", lines[-1]))
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         message = explain(error)
         if message is None:
             raise
@@ -143,18 +143,33 @@ def stop_with(message: str) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line on a full GPU or a dead data worker; None for any other error."""
+    """One line on an error whose cause is the machine's: memory, /dev/shm, open files, a dead worker.
+
+    None for any other error, which is a bug.
+    """
+    text = str(error)
     if out_of_memory(error):
-        tried = str(error).split(" GPU ")[0].rstrip(". ")  # what follows is a paragraph of advice
+        tried = text.split(" GPU ")[0].rstrip(". ")  # what follows is a paragraph of advice
         return (
             f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate), "
             "or --checkpointing"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    if "shared memory" in text or "shm" in text or "Bus error" in text:
+        return (
+            "data workers ran out of shared memory (/dev/shm, 64 MB in Docker by default); "
+            "start the container with --shm-size 8g, or use --workers 0"
+        )
+    if "Too many open files" in text or "received 0 items of ancdata" in text:
+        return "too many open files; raise the limit: ulimit -n 65536"
+    from_worker = "DataLoader worker" in text
+    if isinstance(error, RuntimeError) and not from_worker:
         return None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise once more
-    what = str(error).splitlines()[0] if isinstance(error, RuntimeError) else repr(error)
-    return f"a DataLoader worker died ({what}); was it killed, for lack of memory? Rerun to go on"
+    if not isinstance(error, RuntimeError):
+        return f"a DataLoader worker died ({error!r}); was memory short? Rerun to go on"
+    if "Caught" in text and "Traceback" in text:
+        return None  # a bug inside a worker keeps its traceback
+    return f"{text.splitlines()[0]}; was it killed, because memory was short? Rerun to go on"
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import inspect
 import os
 import resource
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,20 @@ def open_device(name: str, precision: str | None) -> tuple[torch.device, str]:
 
 
 def join_ranks(backend: str = "gloo") -> tuple[int, int]:
-    """(rank, world size). Joins torchrun's process group; without torchrun there is one rank."""
+    """(rank, world size). Joins torchrun's process group; without torchrun there is one rank.
+
+    Raises InputError where only some of torchrun's variables are set.
+    """
     if "RANK" not in os.environ:
         return 0, 1
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(
+                f"the environment has RANK={os.environ['RANK']} but no {name}: "
+                "start this script with torchrun, or unset RANK"
+            )
+    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
+        print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
     # Over gloo ranks wait for hours while rank 0 works; NCCL keeps its own time limit.
     timeout = timedelta(days=2) if backend == "gloo" else None
     dist.init_process_group(backend, timeout=timeout)
@@ -152,6 +164,20 @@ def flops_per_sample(model: nn.Module, condition: dict[str, Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         shadow(one["latent"], torch.zeros(1, device="meta"), one)
     return 3 * counter.get_total_flops()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def peak_memory(device: torch.device) -> float:
