@@ -1,18 +1,24 @@
-"""Posed images: reading them, checking them, and making some up.
+"""Posed images: cameras, trees of renders, pairs of views, and the archive that training reads.
 
-Zero-1-to-3's layout (its `objaverse-rendering` and `ldm/data/simple.py`), which all of this repository reads:
-    ROOT/valid_paths.json   flat list of object folders (names may contain "/"); where absent, ROOT is scanned
-    ROOT/<name>/%03d.png    RGBA view, composited onto white (.jpg, .jpeg, .webp too); views per object vary
-    ROOT/<name>/%03d.npy    its 3x4 world-to-camera [A | b]: camera centre -A^T b, Blender/OpenGL axes (camera x right,
-                            y up, looks along -z), world z up, field of view 49.134 degrees
-The object's longest bounding-box edge is 1, centred; cameras look at it from anywhere on spheres of radius 1.5 to 2.2.
+Everything here reads Zero-1-to-3's layout (its `objaverse-rendering` and `ldm/data/simple.py`):
 
-    python -m tools.shapes --out data/shapes --objects 512 --views 12 --size 64     # procedural objects, on the CPU
+    ROOT/valid_paths.json   flat list of object folders, names may contain "/"; if absent, ROOT is
+                            scanned
+    ROOT/<name>/%03d.png    RGBA view, composited onto white (.jpg, .jpeg, .webp too); the number of
+                            views per object varies
+    ROOT/<name>/%03d.npy    its 3x4 world-to-camera matrix [A | b]; the camera's centre is -A^T b
+
+Axes are Blender's and OpenGL's: camera x right, y up, looking along -z; world z up. The field of
+view is 49.134 degrees. The object's longest bounding-box edge is 1 and its centre is the origin.
+Cameras look at the origin from anywhere on spheres of radius 1.5 to 2.2.
+
+    python -m tools.shapes --out data/shapes --objects 512 --views 12 --size 64     # makes a tree
     python -m tools.shapes --out data/shapes256 --objects 4096 --size 256 --device cuda
-    python -m tools.check --data data/shapes                                        # validate any tree
+    python -m tools.check --data data/shapes                                        # checks a tree
+
+B is the batch size, N a number of views, C latent channels, T patch tokens, K and D widths.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -21,114 +27,125 @@ import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lib.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_path
 from lib.cli import InputError
 from lib.images import IMAGE_EXTENSIONS, load_image
 
 TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm: 49.134 degrees
+SHARD_OBJECTS = 256  # objects a shard of an archive
 
 
-# ---- poses -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- poses
 
 
 def read_pose(path: str | Path) -> np.ndarray:
-    """npy -> world-to-camera (3,4) float64. InputError if unreadable, of another shape, not finite or not rigid."""
+    """A .npy file -> its world-to-camera matrix (3,4), float64.
+
+    Raises InputError where it is unreadable, of another shape, not finite, or not a rigid motion.
+    """
     try:
         pose = np.load(path, allow_pickle=False)
     except Exception as error:  # np.load raises nearly anything on malformed files
-        raise InputError(f"{path}: unreadable pose ({' '.join(str(error).split())})") from None
-    if getattr(pose, "shape", None) != (3, 4) or pose.dtype.kind not in "fiu":
-        what = f"{pose.shape} of {pose.dtype}" if isinstance(pose, np.ndarray) else "several arrays"
-        raise InputError(f"{path}: wrong-shaped pose ({what}, expected a real (3, 4))")
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: unreadable pose ({reason})") from None
+    if not isinstance(pose, np.ndarray):
+        raise InputError(f"{path}: wrong-shaped pose (several arrays, expected a real (3, 4))")
+    if pose.shape != (3, 4) or pose.dtype.kind not in "fiu":
+        found = f"{pose.shape} of {pose.dtype}"
+        raise InputError(f"{path}: wrong-shaped pose ({found}, expected a real (3, 4))")
     pose = pose.astype(np.float64)
     if not np.isfinite(pose).all():
         raise InputError(f"{path}: NaN or infinity in pose")
-    if (
-        np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3
-        or np.linalg.det(pose[:, :3]) < 0
-    ):
+    rotation = pose[:, :3]
+    from_orthogonal = np.abs(rotation @ rotation.T - np.eye(3)).max()
+    if from_orthogonal > 1e-3 or np.linalg.det(rotation) < 0:
         raise InputError(f"{path}: pose is not a rigid motion (its left 3x3 is not a rotation)")
     return pose
 
 
-def camera_centre(w2c: torch.Tensor) -> torch.Tensor:
-    """World-to-camera (...,3,4) = [A | b] -> camera centres -A^T b (...,3)."""
+def camera_centre(w2c: Tensor) -> Tensor:
+    """World-to-camera matrices [A | b] (...,3,4) -> camera centres -A^T b (...,3)."""
     return torch.einsum("...ij,...i->...j", w2c[..., :3], -w2c[..., 3])
 
 
-def relative_pose(cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Two (...,3,4) -> (...,4) float32: [theta_t - theta_c, sin dphi, cos dphi, r_t - r_c] (Zero-1-to-3's get_T).
+def spherical(w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """World-to-camera (...,3,4) -> the camera's theta, phi and r, (...) each.
 
-    theta is the polar angle from +z and phi the azimuth from +x, in radians; r the distance to the origin.
+    theta is the polar angle from +z and phi the azimuth from +x, in radians; r is the distance to
+    the origin.
     """
-    x, y, z = camera_centre(torch.stack(torch.broadcast_tensors(cond, target)).double()).unbind(
-        -1
-    )  # each (2,...)
-    theta, phi, r = (
-        torch.atan2(torch.hypot(x, y), z),
-        torch.atan2(y, x),
-        torch.sqrt(x * x + y * y + z * z),
-    )
-    dphi = phi[1] - phi[0]
-    return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), r[1] - r[0]], dim=-1).float()
+    x, y, z = camera_centre(w2c).unbind(-1)
+    theta = torch.atan2(torch.hypot(x, y), z)
+    phi = torch.atan2(y, x)
+    r = torch.sqrt(x * x + y * y + z * z)
+    return theta, phi, r
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------------
+def relative_pose(cond: Tensor, target: Tensor) -> Tensor:
+    """The camera move from cond to target, two (...,3,4) -> (...,4) float32.
+
+    [theta_t - theta_c, sin(dphi), cos(dphi), r_t - r_c], as Zero-1-to-3's get_T has it.
+    """
+    cond_theta, cond_phi, cond_r = spherical(cond.double())
+    target_theta, target_phi, target_r = spherical(target.double())
+    dphi = target_phi - cond_phi
+    move = [target_theta - cond_theta, dphi.sin(), dphi.cos(), target_r - cond_r]
+    return torch.stack(move, dim=-1).float()
 
 
-def indexed(
-    folder: Path, extensions: tuple[str, ...], names: list[str] | None = None
-) -> dict[int, Path]:
-    """{index: path} of the files called %03d + extension, by index; of several images the first extension counts."""
-    found = {}
-    for name in os.listdir(folder) if names is None else names:
-        match = re.fullmatch(r"(\d{3}|[1-9]\d{3,})(\.\w+)", name)
-        if match and match[2] in extensions:
-            found.setdefault(int(match[1]), []).append((extensions.index(match[2]), name))
-    return {index: folder / min(found[index])[1] for index in sorted(found)}
+def check_pose(pose: np.ndarray, tolerance: float = 5) -> list[str]:
+    """What is odd about a rigid (3,4), in words; nothing for Zero-1-to-3's. tolerance: in degrees.
+
+    The last column of a world-to-camera matrix is where its camera sees the origin: (0, 0, -r).
+    A camera-to-world matrix sees it there only after it is inverted. OpenCV's cameras look along
+    +z and see it at (0, 0, r).
+    """
+    as_w2c = degrees_off_axis(pose[:, 3])
+    as_c2w = degrees_off_axis(-pose[:, :3].T @ pose[:, 3])
+    notes = []
+    if as_w2c > tolerance:
+        if as_c2w <= tolerance:
+            notes.append("pose looks like camera-to-world")
+        elif as_w2c >= 180 - tolerance:
+            notes.append("object behind camera (OpenCV axes?)")
+        else:
+            notes.append("camera does not look at the origin")
+    distance = np.linalg.norm(pose[:, 3])
+    if not 0.5 < distance < 6.6:  # a third of 1.5, three times 2.2
+        notes.append("camera's distance is far from 1.5 to 2.2 (is the object's longest edge 1?)")
+    return notes
+
+
+def degrees_off_axis(point: np.ndarray) -> float:
+    """The angle between a point (3,) in camera coordinates and the viewing direction, -z."""
+    x, y, z = point
+    return math.degrees(math.atan2(math.hypot(x, y), -z))
+
+
+# ------------------------------------------------------------------------------------------- trees
 
 
 def list_objects(root: str | Path) -> list[str]:
-    """Object names in the order of ROOT/valid_paths.json; without one, all folders that hold %03d.npy, sorted.
+    """Object names in the order of ROOT/valid_paths.json.
 
-    InputError if there is no such folder, no object in it, or the list is malformed, unsafe or has duplicates.
+    Without that file: all folders that hold %03d.npy, sorted, and a line that says so. Raises
+    InputError where there is no such folder, no object in it, or the list is malformed or unsafe.
     """
-    root, listed = Path(root), Path(root) / "valid_paths.json"
+    root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    if listed.exists():
-        try:
-            names = json.loads(listed.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{listed}: not readable as JSON ({error})") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise InputError(f"{listed}: expected a flat list of folder names")
-        if strange := [name for name in names if re.search("[\0\ud800-\udc7f\udd00-\udfff]", name)]:
-            raise InputError(f"{listed}: {strange[0]!r} can't be a folder's name")
-        if outside := [name for name in names if os.path.isabs(name) or ".." in name.split("/")]:
-            raise InputError(f"{listed}: {outside[0]!r} leads out of the folder")
-        if twice := [
-            name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1
-        ]:
-            raise InputError(f"{listed}: {twice[0]!r} is listed twice")
+    if (root / "valid_paths.json").exists():
+        names = read_list(root / "valid_paths.json")
     else:
-        names, seen = [], set()
-        for folder, below, files in os.walk(
-            root, followlinks=True
-        ):  # people collect objects by symbolic links
-            below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-            real = os.path.realpath(folder)
-            if real in seen:  # by another name; it might be on either side of the split, or a loop
-                below.clear()
-            elif indexed(Path(folder), (".npy",), files):
-                names.append(os.path.relpath(folder, root))
-            seen.add(real)
-        names.sort()
+        say_it_scans(root)
+        names = scan(root)
     if not names:
         raise InputError(
             f"{root}: no objects (folders that hold 000.npy and 000.png, 001.npy and 001.png, ...)"
@@ -136,30 +153,132 @@ def list_objects(root: str | Path) -> list[str]:
     return names
 
 
+def read_list(path: Path) -> list[str]:
+    """valid_paths.json. Raises InputError naming the file, and the name that is at fault."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{path}: expected a flat list of folder names")
+    folders = []
+    seen = set()
+    for name in names:
+        try:
+            folder = os.fsdecode(name.encode("utf-8", "surrogateescape"))  # for any locale
+        except UnicodeError:
+            folder = "\0"
+        if "\0" in folder:
+            raise InputError(f"{path}: {name!r} can't be a folder's name")
+        if os.path.isabs(folder) or ".." in folder.split("/"):
+            raise InputError(f"{path}: {name!r} leads out of the folder")
+        if os.path.normpath(folder) in seen:
+            raise InputError(f"{path}: {name!r} is listed twice")
+        seen.add(os.path.normpath(folder))
+        folders.append(folder)
+    return folders
+
+
+def scan(root: Path) -> list[str]:
+    """All folders below root that hold %03d.npy, sorted, each once. Symbolic links are followed."""
+    names = []
+    seen = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        # Real folders come before links, so that an object keeps its own name.
+        below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        real = os.path.realpath(folder)
+        if real in seen:  # a loop, or an object's second name, which might be held out
+            below.clear()
+            continue
+        seen.add(real)
+        if indexed(Path(folder), (".npy",), files):
+            names.append(os.path.relpath(folder, root))
+    return sorted(names)
+
+
+@functools.cache  # once a process
+def say_it_scans(root: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: {root} has no valid_paths.json: its folders are listed, sorted by name. "
+            "Objaverse's renders have one, a download of its own, valid_paths.json.zip of the "
+            "zero123 repository; without it other objects are held out than Zero-1-to-3's"
+        )
+
+
+def indexed(
+    folder: Path, extensions: tuple[str, ...], names: list[str] | None = None
+) -> dict[int, Path]:
+    """{index: path} of the files called %03d + extension, in the order of the index.
+
+    names: the folder's files, if they are known. Extensions may be in upper case; of several images
+    of one index the first extension counts.
+    """
+    candidates = {}
+    for name in os.listdir(folder) if names is None else names:
+        match = re.fullmatch(r"(\d{3}|[1-9]\d{3,})(\.\w+)", name)
+        if match and match[2].lower() in extensions:
+            preference = extensions.index(match[2].lower())
+            candidates.setdefault(int(match[1]), []).append((preference, name))
+    return {index: folder / min(candidates[index])[1] for index in sorted(candidates)}
+
+
 def list_views(root: str | Path, name: str) -> list[tuple[Path, Path]]:
-    """(image, npy) of one object's views that have both, by index. InputError if the folder cannot be read."""
+    """(image, pose) of one object's views that have both, in the order of their index.
+
+    Raises InputError where the folder can't be read.
+    """
     folder = Path(root, name)
     try:
         files = os.listdir(folder)
     except OSError as error:
         raise InputError(f"{folder}: unreadable folder ({error.strerror})") from None
-    images, poses = (
-        indexed(folder, extensions, files) for extensions in (IMAGE_EXTENSIONS, (".npy",))
-    )
+    images = indexed(folder, IMAGE_EXTENSIONS, files)
+    poses = indexed(folder, (".npy",), files)
     return [(images[index], poses[index]) for index in images if index in poses]
 
 
 def split_objects(names: list[str], val_fraction: float, split: str) -> list[str]:
-    """Zero-1-to-3's split: the first floor((1 - val_fraction) N) names are "train", the rest "val"; or "all"."""
+    """The names of a split, "train", "val" or "all", in their order.
+
+    Zero-1-to-3's split: the first floor((1 - val_fraction) N) names train, the rest are held out.
+    """
     if not 0 <= val_fraction <= 1:
         raise InputError(f"--val_fraction {val_fraction}: expected a number from 0 to 1")
-    n_train = math.floor(
-        (1 - Fraction(str(float(val_fraction)))) * len(names)
-    )  # exact: 1 - .9 of 10 is 1, not 0
+    train_share = 1 - Fraction(str(float(val_fraction)))  # exact: .1 of 10 is 1, and in floats 0
+    n_train = math.floor(train_share * len(names))
     return {"train": names[:n_train], "val": names[n_train:], "all": list(names)}[split]
 
 
-# ---- seeds
+def some_of(names: list[str], count: int = 256) -> list[str]:
+    """At most `count` of the names, evenly spaced."""
+    step = max(1, math.ceil(len(names) / count))
+    return names[::step]
+
+
+def warn_of_odd_poses(root: str | Path, names: list[str]) -> None:
+    """Prints a line where poses don't look like Zero-1-to-3's, by a view of up to 256 objects."""
+    counts = Counter()
+    examples = {}
+    looked_at = some_of(names)
+    for name in looked_at:
+        try:
+            path = list_views(root, name)[0][1]
+            notes = check_pose(read_pose(path))
+        except (InputError, IndexError):
+            continue  # named by whoever reads this object
+        for note in notes:
+            counts[note] += 1
+            examples.setdefault(note, path)
+    if counts:
+        found = "; ".join(f"{note}: {counts[note]} ({examples[note]})" for note in counts)
+        print(
+            f"WARNING: {found}; of {len(looked_at)} objects, one view each; "
+            f"`python -m tools.check --data {root}` looks at all"
+        )
+
+
+# ------------------------------------------------------------------------------------------- seeds
 
 
 def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -168,33 +287,35 @@ def seeded(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator
     return torch.Generator(device).manual_seed(int(seed))
 
 
-# ---- pairs of views --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- pairs
+#
+# Training samples form one endless sequence. What stands at a position depends on (seed, position)
+# alone: not on the number of processes, on accumulation, on data workers, or on restarts.
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of n objects in an epoch, by (seed, epoch)."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def epoch_order(seed: int, epoch: int, objects: int) -> np.ndarray:
+    """The order of the objects in an epoch, a permutation of 0..objects-1."""
+    return np.random.default_rng((seed, epoch)).permutation(objects)
+
+
+def object_at(position: int, seed: int, objects: int) -> tuple[int, int]:
+    """(epoch, object) at a position of the sequence: every epoch has each object once."""
+    epoch, place = divmod(position, objects)
+    return epoch, int(epoch_order(seed, epoch, objects)[place])
 
 
 def draw_pair(seed: int, epoch: int, index: int, views: int) -> tuple[int, int]:
-    """A random ordered pair (4.1): distinct views (condition, target) of object `index`, by (seed, epoch, index)."""
+    """A random ordered pair (4.1): two distinct views (condition, target) of object `index`."""
     cond, target = np.random.default_rng((seed, epoch, index)).choice(views, 2, replace=False)
     return int(cond), int(target)
 
 
-def locate(position: int, seed: int, view_counts: np.ndarray) -> tuple[int, int, int]:
-    """(object, condition view, target view) at a position of the endless sequence of training samples.
-
-    A sample depends on (seed, position) alone: not on world size, accumulation, workers or how often a job restarted.
-    """
-    epoch, k = divmod(position, len(view_counts))
-    index = int(epoch_order(seed, epoch, len(view_counts))[k])
-    return index, *draw_pair(seed, epoch, index, int(view_counts[index]))
-
-
 def batch_positions(start: int, stop: int, accumulate: int, batch: int, rank: int, world: int):
-    """Lists of positions, one a micro-batch, that this rank reads for optimiser steps start..stop-1."""
+    """Lists of positions, one a micro-batch: what this rank reads in optimiser steps start..stop-1.
+
+    batch: samples in a micro-batch of one rank.
+    """
     for step in range(start, stop):
         for micro in range(accumulate):
             first = ((step * accumulate + micro) * world + rank) * batch
@@ -202,209 +323,235 @@ def batch_positions(start: int, stop: int, accumulate: int, batch: int, rank: in
 
 
 class ImagePairs(torch.utils.data.Dataset):
-    """Pairs of rendered views, for training with the encoders in the loop. Index with a list of positions.
+    """Pairs of rendered views, for training with the encoders in the loop.
 
-    Returns {"cond", "target": (B,3,size,size) in [-1,1], "pose": (B,4), "bad": messages}. A bad file raises
-    InputError; with skip_bad the sample is taken from the next object in list order, and the message is returned.
+    A list of positions gives {"cond", "target": (B,3,size,size) in [-1,1], "pose": (B,4)}.
+    Raises InputError naming a file that is bad (`python -m tools.check` lists what is sound).
     """
 
-    def __init__(
-        self, root: str, names: list[str], size: int, seed: int = 0, skip_bad: bool = False
-    ):
-        self.root, self.names, self.size, self.seed, self.skip_bad = (
-            root,
-            names,
-            size,
-            seed,
-            skip_bad,
-        )
+    def __init__(self, root: str, names: list[str], size: int, seed: int = 0):
+        self.root = root
+        self.names = names
+        self.size = size
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, positions: list[int]) -> dict:
-        rows, bad = [], []
-        for position in positions:
-            epoch, k = divmod(position, len(self.names))
-            index = int(epoch_order(self.seed, epoch, len(self.names))[k])
-            for attempt in range(len(self.names)):
-                try:
-                    rows.append(self.read(epoch, (index + attempt) % len(self.names)))
-                    break
-                except InputError as error:
-                    if not self.skip_bad:
-                        raise
-                    bad.append(str(error))
-            else:
-                raise InputError(f"{self.root}: no object has two sound views")
-        cond, target, pose = (torch.stack(column) for column in zip(*rows, strict=True))
-        return {"cond": cond, "target": target, "pose": pose, "bad": bad}
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
+        samples = [self.read(position) for position in positions]
+        cond, target, pose = (torch.stack(column) for column in zip(*samples, strict=True))
+        return {"cond": cond, "target": target, "pose": pose}
 
-    def read(self, epoch: int, index: int) -> tuple[torch.Tensor, ...]:
+    def read(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One sample: condition image, target image (3,size,size), camera move (4,)."""
+        epoch, index = object_at(position, self.seed, len(self.names))
         name = self.names[index]
         views = list_views(self.root, name)
         if len(views) < 2:
-            raise InputError(
-                f"{Path(self.root) / name}: {len(views)} complete view(s), a pair takes two"
-            )
-        cond, target = (views[v] for v in draw_pair(self.seed, epoch, index, len(views)))
-        poses = [torch.from_numpy(read_pose(npy)) for _, npy in (cond, target)]
-        images = [load_image(image, self.size)[0] for image, _ in (cond, target)]
-        return *images, relative_pose(*poses)
+            folder = Path(self.root, name)
+            raise InputError(f"{folder}: {len(views)} complete view(s), a pair takes two")
+        cond, target = draw_pair(self.seed, epoch, index, len(views))
+        cond_image, cond_pose = views[cond]
+        target_image, target_pose = views[target]
+        move = relative_pose(
+            torch.from_numpy(read_pose(cond_pose)), torch.from_numpy(read_pose(target_pose))
+        )
+        return load_image(cond_image, self.size)[0], load_image(target_image, self.size)[0], move
 
 
-# ---- the archive -----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- archive
 
-SHARD_OBJECTS = 256
+
+RELEASE_EVERY = 50_000  # samples
+
+
+class MappedShard(NamedTuple):
+    """A shard in a process's memory map: what is not touched is not read from disk."""
+
+    size: int  # the file's, in bytes
+    tensors: dict[str, Tensor]
+    crc32: np.ndarray  # (N, keys), of each row by ROW_KEYS; numpy, whose elements cost less
 
 
 class Archive(torch.utils.data.Dataset):
-    """The objects of a split that an archive holds with at least two views; a list of positions gives a batch.
+    """What precompute_dino.py archived of a split's objects, those with two views or more.
 
-    Returns {"target_mean", "target_logvar" (B,C,h,w), "latent" (B,C,h,w), "cls" (B,D), "patch" (B,T,K), "pose" (B,4)}:
-    the target's posterior moments, and the condition's latent (posterior mode, unscaled), features and camera move.
-    Reads only the rows it needs, through one memory map a shard and process. fp8 patches come as they lie on disk.
-    images: the tree that was archived, to give "cond" (B,3,H,W), the condition's image, in place of its features.
+    A list of positions gives a batch:
+        target_mean, target_logvar   (B,C,h,w)   the target's posterior moments
+        latent                       (B,C,h,w)   the condition's latent: posterior mode, unscaled
+        cls, patch                   (B,D), (B,T,K)   the condition's features, as stored
+        pose                         (B,4)       the camera move
+    Only the rows that a batch needs are read, and each is held against its checksum.
+
+    images: the tree that was archived; batches then hold "cond" (B,3,H,W), the condition's image,
+        in place of "patch".
     patch: whether to read patch features, where there are any.
+    Raises InputError naming a file that is missing, damaged, or of another archive.
     """
 
     def __init__(
         self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True
     ):
-        self.root, self.seed, self.images, self.patch, self.maps, self.count = (
-            root,
-            seed,
-            images,
-            patch,
-            {},
-            0,
-        )
+        self.root = root
+        self.seed = seed
+        self.images = images
+        self.patch = patch
+        self.maps: dict[int, MappedShard] = {}
+        self.samples_since_release = 0
         self.manifest = read_manifest(root)
-        names, encoder, codec = (self.manifest[key] for key in ("objects", "encoder", "codec"))
-        side = self.manifest["image_size"] // codec["factor"]
-        latent, patch = (codec["channels"], side, side), (encoder["tokens"], encoder["feature_dim"])
-        self.shapes = {
-            "latent_mean": latent,
-            "latent_logvar": latent,
-            "cls": (encoder["cls_dim"],),
-            "pose": (3, 4),
-        }
-        self.shapes |= {"alpha": patch[:1], "crc32": (len(ROW_KEYS),)} | (
-            {"patch": patch} if patch[1] else {}
-        )
-        chosen = set(split_objects(names, self.manifest["val_fraction"], split))
-        rows, self.names = [], []
-        for shard, first in enumerate(range(0, len(names), SHARD_OBJECTS)):
-            if not shard_path(root, shard).exists():
-                continue  # a partial archive is an archive
-            handle = open_shard(shard_path(root, shard))
-            offsets = handle.get_tensor("view_offset").flatten().tolist()
-            members = names[first : first + SHARD_OBJECTS]
-            shapes = {
-                key: handle.get_slice(key).get_shape()
-                for key in self.shapes.keys() & set(handle.keys())
-            }
-            expected = {key: [offsets[-1], *shape] for key, shape in self.shapes.items()}
-            if (
-                len(offsets) != len(members) + 1
-                or offsets[0]
-                or offsets != sorted(offsets)
-                or shapes != expected
-            ):
-                raise InputError(
-                    f"{shard_path(root, shard)}: its views disagree with {root}/manifest.json"
-                )
-            for name, start, stop in zip(members, offsets, offsets[1:], strict=False):
-                if name in chosen and stop - start >= 2:
-                    rows.append((shard, start, stop - start))
-                    self.names.append(name)
-        if not rows and split != "val":
+        self.shapes = row_shapes(self.manifest)
+        self.names, self.rows = self.find_objects(split)
+        if not self.names and split != "val":
             what = f"no object of the {split} split (val_fraction {self.manifest['val_fraction']})"
             raise InputError(f"{root}: {what} has two archived views")
-        self.rows = np.array(rows, dtype=int).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {
-            "maps": {}
-        }  # workers that are not forked would be sent whole shards
+        """What a data worker that is not forked gets: no maps, or it would be sent whole shards."""
+        return {**self.__dict__, "maps": {}}
 
-    def map(self, shard: int) -> None:
-        """Memory-map a shard's tensors, if they are not yet: what is not touched is not read. Raises InputError."""
+    def find_objects(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Names, and (shard, first row, views) of each (objects,3), in the manifest's order."""
+        listed = self.manifest["objects"]
+        chosen = set(split_objects(listed, self.manifest["val_fraction"], split))
+        names, rows = [], []
+        for shard, first in enumerate(range(0, len(listed), SHARD_OBJECTS)):
+            if not shard_path(self.root, shard).exists():
+                continue  # a partial archive is an archive
+            members = listed[first : first + SHARD_OBJECTS]
+            offsets = self.read_offsets(shard, len(members))
+            for name, start, stop in zip(members, offsets[:-1], offsets[1:], strict=True):
+                if name in chosen and stop - start >= 2:
+                    names.append(name)
+                    rows.append((shard, start, stop - start))
+        return names, np.array(rows, dtype=int).reshape(-1, 3)
+
+    def read_offsets(self, shard: int, objects: int) -> list[int]:
+        """The first row of each of a shard's objects, and the end: objects + 1 numbers."""
+        path = shard_path(self.root, shard)
+        handle = open_shard(path)
+        offsets = handle.get_tensor("view_offset").tolist()
+        fits = len(offsets) == objects + 1 and offsets[0] == 0 and offsets == sorted(offsets)
+        stored = {key: handle.get_slice(key).get_shape() for key in set(handle.keys())}
+        for key, shape in self.shapes.items():
+            fits = fits and stored.get(key) == [offsets[-1], *shape]
+        if not fits:
+            raise InputError(f"{path}: its views disagree with {self.root}/manifest.json")
+        return offsets
+
+    def map_shard(self, shard: int) -> None:
+        """Memory-maps a shard, unless it is mapped. Raises InputError, also where it has changed.
+
+        To read a map beyond the end of a file that was cut would kill the process.
+        """
         path = shard_path(self.root, shard)
         try:
             size = path.stat().st_size
             if shard not in self.maps:
                 handle = open_shard(path)
                 tensors = {key: handle.get_tensor(key) for key in self.shapes}
-                self.maps[shard] = (
-                    size,
-                    tensors | {"crc32": tensors["crc32"].numpy()},
-                )  # whose elements come cheaper
+                self.maps[shard] = MappedShard(size, tensors, tensors["crc32"].numpy())
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: unreadable shard ({error})") from None
-        opened_size = self.maps[shard][0]
-        if size != opened_size:  # to read a memory map beyond its file's end would kill the process
-            raise InputError(f"{path}: changed from {opened_size} to {size} bytes while in use")
+        mapped_size = self.maps[shard].size
+        if size != mapped_size:
+            raise InputError(f"{path}: changed from {mapped_size} to {size} bytes while in use")
 
-    def read(self, shard: int, key: str, row: int) -> torch.Tensor:
+    def release_maps_now_and_then(self, samples: int) -> None:
+        """Lets go of all maps after every 50,000 samples; they are mapped again when needed.
+
+        For nearly each row that is read, the kernel keeps one more page of page tables. It frees
+        them only with the map, so that over an epoch they would fill gigabytes.
+        """
+        self.samples_since_release += samples
+        if self.samples_since_release > RELEASE_EVERY:
+            self.maps = {}
+            self.samples_since_release = 0
+
+    def read_row(self, shard: int, key: str, row: int) -> Tensor:
         """A row of a shard that is mapped. Raises InputError where its checksum does not match."""
-        tensors = self.maps[shard][1]
-        value = tensors[key][row]
-        if checksum(key, value) != tensors["crc32"][row, ROW_KEYS.index(key)]:
-            what = f"{shard_path(self.root, shard)}: damaged shard ({key} of its view {row})"
-            raise InputError(f"{what}; delete it and rerun precompute_dino.py")
+        mapped = self.maps[shard]
+        value = mapped.tensors[key][row]
+        if checksum(key, value) != mapped.crc32[row, ROW_KEYS.index(key)]:
+            raise InputError(
+                f"{shard_path(self.root, shard)}: damaged shard ({key} of its view {row}); "
+                "delete it and rerun precompute_dino.py"
+            )
         return value
 
-    def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Rows of one view of object `index`, each without its batch axis."""
-        shard, start, _ = self.rows[index].tolist()
-        self.map(shard)
-        return {key: self.read(shard, key, start + view) for key in keys}
+    def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Rows of one view of object `index`, each without its batch axis. Raises InputError."""
+        shard, first_row, _ = self.rows[index].tolist()
+        self.map_shard(shard)
+        return {key: self.read_row(shard, key, first_row + view) for key in keys}
 
-    def image(self, index: int, view: int) -> torch.Tensor:
-        """The image (3,H,W) that a view was archived of, found by its pose. Raises InputError."""
-        pose = self.view(index, view, ("pose",))["pose"].numpy()
-        for image, npy in list_views(self.images, self.names[index])[
-            view:
-        ]:  # --skip_bad only moves views forward
-            with contextlib.suppress(InputError):
-                if np.allclose(read_pose(npy), pose, atol=1e-5):
-                    return load_image(image, self.manifest["image_size"])[0]
-        raise InputError(
-            f"--data {Path(self.images) / self.names[index]}: no readable view has view {view}'s pose"
-        )
+    def image(self, index: int, view: int) -> Tensor:
+        """The image (3,H,W) that a view was archived of. Raises InputError."""
+        file_index = self.view(index, view, ("view",))["view"].item()
+        folder = Path(self.images, self.names[index])
+        try:
+            path = indexed(folder, IMAGE_EXTENSIONS)[file_index]
+        except (OSError, KeyError):
+            raise InputError(f"--data {folder}: no image {file_index:03d} in it") from None
+        return load_image(path, self.manifest["image_size"])[0]
 
-    def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        self.count += len(positions)
-        if (
-            self.count > 50_000
-        ):  # a map's page tables, one more page for nearly each row, go only with it
-            self.maps, self.count = {}, 0
-        draws = [locate(position, self.seed, self.rows[:, 2]) for position in positions]
-        places = [self.rows[index, :2].tolist() for index, _, _ in draws]
-        for shard in {shard for shard, _ in places}:  # their sizes are looked at once a batch
-            self.map(shard)
-
-        def gather(
-            key: str, which: int
-        ) -> torch.Tensor:  # which view of the draws: 1 the condition, 2 the target
-            both = zip(places, draws, strict=True)
-            rows = [self.read(shard, key, start + draw[which]) for (shard, start), draw in both]
-            return torch.utils.data.default_collate(
-                rows
-            )  # a worker's in shared memory: its heap would be fragmented
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
+        self.release_maps_now_and_then(len(positions))
+        cond, target = [], []  # (shard, row) of the views
+        cond_views = []  # (object, view)
+        for position in positions:
+            epoch, index = object_at(position, self.seed, len(self.rows))
+            shard, first_row, views = self.rows[index].tolist()
+            cond_view, target_view = draw_pair(self.seed, epoch, index, views)
+            cond.append((shard, first_row + cond_view))
+            target.append((shard, first_row + target_view))
+            cond_views.append((index, cond_view))
+        for shard in {shard for shard, _ in cond}:
+            self.map_shard(shard)
 
         batch = {
-            "target_mean": gather("latent_mean", 2),
-            "target_logvar": gather("latent_logvar", 2),
+            "target_mean": self.gather("latent_mean", target),
+            "target_logvar": self.gather("latent_logvar", target),
+            "latent": self.gather("latent_mean", cond),
+            "cls": self.gather("cls", cond),
+            "pose": relative_pose(self.gather("pose", cond), self.gather("pose", target)),
         }
-        batch |= {"latent": gather("latent_mean", 1), "cls": gather("cls", 1)}
-        batch["pose"] = relative_pose(gather("pose", 1), gather("pose", 2))
         if self.images:
-            batch["cond"] = torch.stack([self.image(index, cond) for index, cond, _ in draws])
+            batch["cond"] = torch.stack([self.image(*view) for view in cond_views])
         elif self.patch and "patch" in self.shapes:
-            batch["patch"] = gather("patch", 1)
+            batch["patch"] = self.gather("patch", cond)
         return batch
+
+    def gather(self, key: str, places: list[tuple[int, int]]) -> Tensor:
+        """The rows at these places (shard, row), of shards that are mapped: (B, ...)."""
+        return stack_for_the_trainer([self.read_row(shard, key, row) for shard, row in places])
+
+
+def stack_for_the_trainer(rows: list[Tensor]) -> Tensor:
+    """Rows of one shape -> (B, ...). In a data worker the result is made in shared memory.
+
+    The worker has to send it through shared memory anyway. Made in its own memory first, large
+    batches would fragment the worker's heap, which grows for hours.
+    """
+    return torch.utils.data.default_collate(rows)
+
+
+def row_shapes(manifest: dict) -> dict[str, tuple[int, ...]]:
+    """{key: a row's shape} of what a shard of this archive holds for each view."""
+    encoder, codec = manifest["encoder"], manifest["codec"]
+    side = manifest["image_size"] // codec["factor"]
+    shapes = {
+        "latent_mean": (codec["channels"], side, side),
+        "latent_logvar": (codec["channels"], side, side),
+        "cls": (encoder["cls_dim"],),
+        "alpha": (encoder["tokens"],),
+        "pose": (3, 4),
+        "view": (),
+        "crc32": (len(ROW_KEYS),),
+    }
+    if encoder["feature_dim"]:
+        shapes["patch"] = (encoder["tokens"], encoder["feature_dim"])
+    return shapes

@@ -1,142 +1,167 @@
-"""What is wrong with a tree of renders, for any tree.
+"""Says what is wrong with a tree of renders in Zero-1-to-3's layout, and lists the sound objects.
 
-Every image and pose is read; defects are counted by kind with the first paths at fault, and what is only odd (poses
-that look like camera-to-world, images without alpha, ...) is noted.
+    python -m tools.check --data data/shapes
+    python -m tools.check --data DIR --list sound.json     # also where DIR has its valid_paths.json
+
+Every image and pose is read. Defects are counted by kind, with the first paths at fault. What is
+only odd is noted: poses that look like camera-to-world, images without alpha, and the like. The
+exit code is 1 if there are defects. An object is sound if it has two sound views or more, and every
+view of it that has an image and a pose is readable.
 """
 
 import argparse
 import json
-import math
 import os
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.cli import ArgumentParser, InputError, nonnegative_int, run_script
+from lib.files import write_atomically
 from lib.images import IMAGE_EXTENSIONS, open_image
 
-NOTES = ("image without alpha", "nothing visible in image", "image not square", "pose looks like camera-to-world",
-         "object behind camera (OpenCV axes?)", "camera does not look at the origin")  # fmt: skip
-# An object is sound if it has two sound views or more, and all of its views that have image and pose are readable.
+Finding = tuple[str, str, str]  # "defect" or "note", what it is, the path
 
 
-def check_pose(pose: np.ndarray, tolerance: float = 5) -> str | None:
-    """The note that a rigid (3,4) deserves, if any; tolerance in degrees.
+class Report(NamedTuple):
+    """What was found about one object."""
 
-    b, the origin seen from a world-to-camera, is (0,0,-r); read as camera-to-world, -A^T b is. OpenCV's is (0,0,r).
-    """
-    w2c, c2w = (
-        math.degrees(math.atan2(math.hypot(x, y), -z))
-        for x, y, z in (pose[:, 3], -pose[:, 3] @ pose[:, :3])
-    )
-    return (
-        None
-        if w2c <= tolerance
-        else NOTES[3 if c2w <= tolerance else 4 if w2c >= 180 - tolerance else 5]
-    )
+    findings: list[Finding]
+    sound_views: int
+    sound: bool
 
 
-def check_object(root: Path, name: str) -> tuple[str, list[tuple[str, str]], int, bool]:
-    """-> name, [(finding, path)], number of sound views, whether the object is sound."""
+def check_image(path: Path) -> list[str]:
+    """What is odd about an image. Raises InputError where it can't be read."""
+    image = open_image(path)
+    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
+    notes = []
+    if lowest == 255:
+        notes.append("image without alpha")
+    if highest == 0:
+        notes.append("nothing visible in image")
+    if image.width != image.height:
+        notes.append("image not square")
+    return notes
 
-    def check_image(path):
-        image = open_image(path)
-        low, high = image.convert("RGBA").getchannel("A").getextrema()
-        return [
-            n
-            for n, so in zip(
-                NOTES, (low == 255, high == 0, image.width != image.height), strict=False
-            )
-            if so
-        ]
 
-    folder, findings, n_sound, n_bad = Path(root, name), [], 0, 0
+def check_file(path: Path, look) -> list[Finding]:
+    """The findings of look(path), which returns notes or raises InputError."""
     try:
-        images, poses = data.indexed(folder, IMAGE_EXTENSIONS), data.indexed(folder, (".npy",))
+        return [("note", note, str(path)) for note in look(path)]
+    except InputError as error:
+        kind = str(error).removeprefix(f"{path}: ").split(" (")[0]
+        return [("defect", kind, str(path))]
+
+
+def check_object(root: Path, name: str) -> Report:
+    folder = Path(root, name)
+    try:
+        images = data.indexed(folder, IMAGE_EXTENSIONS)
+        poses = data.indexed(folder, (".npy",))
     except OSError:
-        return name, [("missing folder", str(folder))], 0, False
-    findings += [("missing pose", path) for index, path in images.items() if index not in poses]
-    findings += [("missing image", path) for index, path in poses.items() if index not in images]
-    for index in sorted(images.keys() & poses.keys()):
-        bad = False
-        for path, test in (
-            (images[index], check_image),
-            (poses[index], lambda p: [check_pose(data.read_pose(p))]),
-        ):
-            try:
-                findings += [(note, path) for note in test(path) if note]
-            except InputError as error:
-                findings.append((str(error).removeprefix(f"{path}: ").split(" (")[0], path))
-                bad = True
-        n_sound, n_bad = n_sound + (not bad), n_bad + bad
-    findings += [("fewer than two sound views", folder)] if n_sound < 2 else []
-    return name, [(kind, str(path)) for kind, path in findings], n_sound, n_sound >= 2 and not n_bad
+        return Report([("defect", "missing folder", str(folder))], 0, False)
+    findings = []
+    for index, path in images.items():
+        if index not in poses:
+            findings.append(("defect", "missing pose", str(path)))
+    for index, path in poses.items():
+        if index not in images:
+            findings.append(("defect", "missing image", str(path)))
+    complete = sorted(images.keys() & poses.keys())
+    sound_views = 0
+    for index in complete:
+        of_view = check_file(images[index], check_image)
+        of_view += check_file(poses[index], lambda path: data.check_pose(data.read_pose(path)))
+        findings += of_view
+        if not any(severity == "defect" for severity, _, _ in of_view):
+            sound_views += 1
+    if sound_views < 2:
+        findings.append(("defect", "fewer than two sound views", str(folder)))
+    return Report(findings, sound_views, 2 <= sound_views == len(complete))
 
 
-def check(root: Path, workers: int) -> int:
-    """Prints what is wrong with a tree; writes its valid_paths.json if it has none. Returns the number of defects."""
-    names, counts, first, sound, views = (
-        data.list_objects(root),
-        Counter(),
-        defaultdict(list),
-        [],
-        0,
-    )
-    # The DataLoader as an ordered parallel map: collate_fn runs in the workers.
-    loader = DataLoader(
+def check(root: Path, workers: int) -> tuple[int, list[str]]:
+    """Prints what is wrong with a tree. Returns the number of defects, and the sound objects."""
+    names = data.list_objects(root)
+    # The DataLoader serves as an ordered parallel map: collate_fn runs in its workers.
+    reports = DataLoader(
         names, batch_size=None, collate_fn=partial(check_object, root), num_workers=workers
     )
-    for name, findings, n_sound, is_sound in tqdm(loader, desc="check", unit="object"):
-        views += n_sound
-        sound += [name] if is_sound else []
-        for kind, path in findings:
-            counts[kind] += 1
-            first[kind] += [path] if len(first[kind]) < 3 else []
+    progress = tqdm(reports, desc="check", unit="object", total=len(names))
+    counts = Counter()  # by (severity, kind)
+    examples = defaultdict(list)
+    sound = []
+    views = 0
+    for name, report in zip(names, progress, strict=True):
+        views += report.sound_views
+        if report.sound:
+            sound.append(name)
+        for severity, kind, path in report.findings:
+            counts[severity, kind] += 1
+            if len(examples[severity, kind]) < 3:
+                examples[severity, kind].append(path)
+
     print(f"{root}: {len(names)} objects, {len(sound)} of them sound; {views} sound views")
-    for kind in sorted(counts, key=lambda kind: (kind in NOTES, -counts[kind])):
-        title, more = "note" if kind in NOTES else "defect", ", ..." * (counts[kind] > 3)
-        print(f"{title}: {kind}: {counts[kind]} ({', '.join(first[kind])}{more})")
-    if not (root / "valid_paths.json").exists() and sound:
-        try:
-            write_list(root, sound)
-            print(f"wrote valid_paths.json with {len(sound)} objects")
-        except InputError as error:
-            print(f"note: {error}")
-    return sum(count for kind, count in counts.items() if kind not in NOTES)
+    for severity, kind in sorted(counts, key=lambda found: (found[0], -counts[found])):
+        count = counts[severity, kind]
+        paths = ", ".join(examples[severity, kind])
+        more = ", ..." if count > 3 else ""
+        print(f"{severity}: {kind}: {count} ({paths}{more})")
+    defects = sum(count for (severity, _), count in counts.items() if severity == "defect")
+    return defects, sound
 
 
-def write_list(root: Path, names: list[str]):
-    """ROOT/valid_paths.json, whole or not at all."""
-    try:
-        (root / "valid_paths.json.tmp").write_text(json.dumps(names))
-        os.replace(root / "valid_paths.json.tmp", root / "valid_paths.json")
-    except OSError as error:
-        raise InputError(
-            f"{root / 'valid_paths.json'}: cannot be written ({error.strerror})"
-        ) from None
+def write_list(root: Path, names: list[str]) -> None:
+    """ROOT/valid_paths.json, whole or not at all. Raises InputError naming it."""
+    write_names(root / "valid_paths.json", names)
 
 
-def main() -> None:
-    text = "Validate a tree; exit code 1 if it has defects. Write a valid_paths.json of what is sound if it has none."
-    parser = argparse.ArgumentParser(description=text, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout"
-    )
-    add_workers(parser)
-    args = parser.parse_args()
-    require_positive(args)
-    raise SystemExit(int(check(args.data, args.workers) > 0))
+def write_names(path: Path, names: list[str]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(names)))
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The flag --workers, of what reads or renders a tree."""
     parser.add_argument(
-        "--workers", type=int, default=min(os.cpu_count(), 16), help="processes; 0: this one only"
+        "--workers",
+        type=nonnegative_int,
+        default=min(os.cpu_count(), 16),
+        help="processes; 0: this one only",
     )
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the tree, in Zero-1-to-3's layout"
+    )
+    parser.add_argument(
+        "--list",
+        type=Path,
+        help="where to write the names of the sound objects, as a valid_paths.json; without this "
+        "flag it is DIR/valid_paths.json, where there is none",
+    )
+    add_workers(parser)
+    args = parser.parse_args()
+
+    had_list = (args.data / "valid_paths.json").exists()
+    defects, sound = check(args.data, args.workers)
+    if args.list:
+        write_names(args.list, sound)
+        print(f"wrote {args.list} with {len(sound)} objects")
+    elif sound and not had_list:
+        try:
+            write_list(args.data, sound)
+            print(f"wrote valid_paths.json with {len(sound)} objects")
+        except InputError as error:  # a tree that may only be read
+            print(f"note: {error}")
+    raise SystemExit(int(defects > 0))
 
 
 if __name__ == "__main__":
