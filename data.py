@@ -93,11 +93,10 @@ def relative_pose(cond: Tensor, target: Tensor) -> Tensor:
 
     [theta_t - theta_c, sin(dphi), cos(dphi), r_t - r_c], as Zero-1-to-3's get_T has it.
     """
-    cond_theta, cond_phi, cond_r = spherical(cond.double())
-    target_theta, target_phi, target_r = spherical(target.double())
-    dphi = target_phi - cond_phi
-    move = [target_theta - cond_theta, dphi.sin(), dphi.cos(), target_r - cond_r]
-    return torch.stack(move, dim=-1).float()
+    both = torch.stack(torch.broadcast_tensors(cond, target))
+    theta, phi, r = spherical(both.double())  # (2,...) each: cond's and target's
+    dphi = phi[1] - phi[0]
+    return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), r[1] - r[0]], dim=-1).float()
 
 
 def check_pose(pose: np.ndarray, tolerance: float = 5) -> list[str]:

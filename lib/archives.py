@@ -42,8 +42,10 @@ CODEC_TYPES = {"name": str, "channels": int, "factor": int, "scale": float, "sha
 
 def checksum(key: str, tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes, with its name and type."""
+    if tensor.ndim == 0:
+        tensor = tensor[None]  # a scalar can't be viewed as bytes
     start = zlib.crc32(f"{key} {tensor.dtype}".encode())
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), start)
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), start)
 
 
 def json_checksum(value) -> int:

@@ -12,7 +12,6 @@ from helpers import (
     FROZEN,
     ROOT,
     SMALL,
-    assert_close_shards,
     assert_same_run,
     call,
     log_lines,
@@ -25,11 +24,9 @@ from safetensors.torch import load_file
 
 import data
 import precompute_dino
-import pretrained
 import sample
 import train
-from lib import archives, images
-from lib.autoencoder import AutoencoderKL
+from lib import images
 from lib.cli import InputError
 from model import noise_schedule
 from tools.shapes import look_at
@@ -48,188 +45,6 @@ TRAIN = [
     3,
 ]
 TRAIN += ["--preview_every", 0]
-
-
-# --------------------------------------------------------------------------------------------------------- archive
-
-
-def test_archive_holds_what_the_encoders_give_online(tree, archive):
-    meta = archives.read_manifest(archive)
-    encoder = pretrained.open_encoder(
-        meta["encoder"], tensors=load_file(archive / "frozen.safetensors")
-    )
-    codec = pretrained.open_codec(meta["codec"])
-    shard = load_file(archive / "00000.safetensors")
-    assert shard["view_offset"].tolist() == list(range(0, 49, 4))
-    for row, name, view in ((0, "00000", 0), (47, "00011", 3), (18, "00004", 2)):
-        image, alpha = images.load_image(tree / name / f"{view:03d}.png", 32)
-        online = pretrained.encode(image[None], encoder, codec)
-        for key, value in online.items():
-            torch.testing.assert_close(shard[key][row].float(), value[0], atol=2e-3, rtol=2e-3)
-        np.testing.assert_allclose(
-            shard["pose"][row], data.read_pose(tree / name / f"{view:03d}.npy"), atol=1e-6
-        )
-        assert shard["alpha"][row].float().mean() / 255 == pytest.approx(
-            alpha.mean().item(), abs=3e-3
-        )
-
-
-def test_features_are_normalised_layer_by_layer(archive):
-    patch = load_file(archive / "00000.safetensors")["patch"].float().unflatten(-1, (2, 192))
-    torch.testing.assert_close(patch.mean(-1), torch.zeros(patch.shape[:-1]), atol=2e-3, rtol=0)
-    torch.testing.assert_close(
-        patch.var(-1, correction=0), torch.ones(patch.shape[:-1]), atol=2e-2, rtol=0
-    )
-
-
-def test_archiving_resumes_and_rank_count_changes_nothing(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_OBJECTS", 5)
-    flags = [
-        "--data",
-        tree,
-        "--archive",
-        tmp_path / "a",
-        *FROZEN,
-        "--workers",
-        0,
-        "--precision",
-        "fp32",
-    ]
-    call(precompute_dino, *flags)
-    shards = sorted((tmp_path / "a").glob("0*.safetensors"))
-    before = {path.name: path.read_bytes() for path in shards}
-    assert len(before) == 3
-    kept = shards[0].stat().st_mtime_ns
-    shards[1].unlink()
-    call(precompute_dino, *flags)
-    assert shards[0].stat().st_mtime_ns == kept
-    assert {path.name: path.read_bytes() for path in shards} == before
-    assert (
-        len(data.Archive(tmp_path / "a", "train")) == 9
-        and len(data.Archive(tmp_path / "a", "val")) == 3
-    )
-
-
-def test_torchrun_archives_the_same(tree, archive, tmp_path):
-    shutil.copytree(archive, tmp_path / "a")
-    (tmp_path / "a" / "00000.safetensors").unlink()
-    script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0,
-           "--precision", "fp32", nproc=2)  # fmt: skip
-    ours, theirs = (load_file(folder / "00000.safetensors") for folder in (archive, tmp_path / "a"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch):
-    """By aot_eager: traced, without inductor's code; and for whole batches alone, the second has 12 of 36 views."""
-    compiled, plain, sizes = [], torch.compile, []
-    backend = torch._dynamo.lookup_backend("aot_eager")
-
-    def trace(graph, inputs):
-        sizes.append(
-            [x.shape[0] for x in inputs if x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == 32]
-        )
-        return backend(graph, inputs)
-
-    monkeypatch.setattr(
-        torch, "compile", lambda f: compiled.append(f.__name__) or plain(f, backend=trace)
-    )
-    shutil.copytree(archive, tmp_path / "a")
-    (tmp_path / "a" / "00000.safetensors").unlink()
-    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
-         "--batch_size", 36, "--compile")  # fmt: skip
-    assert compiled == ["features", "encode"] and sizes == [[36], [36]]
-    assert_close_shards(tmp_path / "a", archive, 2e-3)
-
-
-def test_fp8_and_pca(tree, archive, tmp_path, capsys):
-    call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0, "--precision", "fp32",
-         "--patch_dtype", "fp8", "--pca", 64)  # fmt: skip
-    printed = re.search(
-        r"([\d.]+)% of the foreground.*? ([\d.]+)% relative", capsys.readouterr().out, re.S
-    )
-    compact = load_file(tmp_path / "a" / "00000.safetensors")["patch"]
-    assert compact.dtype == torch.float8_e4m3fn and compact.shape[2] == 64
-    # The encoder drew other random weights here: compare with its own features.
-    encoder = pretrained.open_encoder(
-        archives.read_manifest(tmp_path / "a")["encoder"],
-        tensors=load_file(tmp_path / "a" / "frozen.safetensors"),
-    )
-    image, _ = images.load_image(tree / "00002" / "001.png", 32)
-    exact = encoder(image[None])[1][0]
-    assert (compact[9].float() - exact).norm() / exact.norm() < 0.04  # e4m3 has 3 bits of mantissa
-    raw = pretrained.ImageEncoder(
-        encoder.name, encoder.vit.state_dict(), tuple(encoder.layers), 64
-    )(image[None])[1][0]
-    error = (compact[9].float() @ encoder.pca.T + encoder.pca_mean - raw).norm() / raw.norm()
-    assert (
-        printed and 0.3 < error.item() * 100 / float(printed[2]) < 3
-    )  # this view's against eight objects'
-    call(train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN)
-    assert weights(tmp_path / "run")["unet.amalgamation.weight"].shape[1] == 64
-
-
-def test_the_vae_as_codec(tree, tmp_path):
-    """--codec sd from a file: archived moments are the VAE's, and training, preview and sampling run on them."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(32, (1, 1), 1)
-    torch.save(
-        {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}, tmp_path / "vae.ckpt"
-    )
-    flags = ["sd" if flag == "pixels" else flag for flag in FROZEN] + [
-        "--vae",
-        tmp_path / "vae.ckpt",
-    ]
-    call(
-        precompute_dino,
-        "--data",
-        tree,
-        "--archive",
-        tmp_path / "a",
-        *flags,
-        "--workers",
-        0,
-        "--precision",
-        "fp32",
-    )
-    shard = load_file(tmp_path / "a" / "00000.safetensors")
-    image, _ = images.load_image(tree / "00001" / "002.png", 32)
-    with torch.no_grad():
-        mean, logvar = vae.encode(image[None])
-    torch.testing.assert_close(shard["latent_mean"][6].float(), mean[0], atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(shard["latent_logvar"][6].float(), logvar[0], atol=2e-3, rtol=2e-3)
-    call(
-        train, "--archive", tmp_path / "a", "--out", tmp_path / "run", *TRAIN, "--preview_every", 6
-    )
-    assert (tmp_path / "run" / "previews" / "step_0000006.png").exists()
-    call(sample, "--ckpt", tmp_path / "run", "--image", tree / "00001" / "002.png", "--steps", 2, "--device", "cpu",
-         "--vae", tmp_path / "vae.ckpt", "--out", tmp_path / "views")  # fmt: skip
-    assert Image.open(tmp_path / "views" / "002" / "000.png").size == (32, 32)
-
-
-def test_pairs_are_distinct_deterministic_and_cover_an_epoch():
-    counts = np.array([4, 2, 12, 3])
-    draws = [data.locate(position, 0, counts) for position in range(400)]
-    assert draws == [data.locate(position, 0, counts) for position in range(400)]
-    assert all(
-        cond != target and max(cond, target) < counts[index] for index, cond, target in draws
-    )
-    assert all(
-        sorted(index for index, _, _ in draws[e : e + 4]) == [0, 1, 2, 3] for e in range(0, 400, 4)
-    )
-    assert len({draw[1:] for draw in draws if draw[0] == 2}) > 40  # of 132 ordered pairs, 100 drawn
-    assert draws != [data.locate(position, 1, counts) for position in range(400)]
-
-
-def test_a_process_reads_its_slice_of_the_global_batch():
-    whole = sum(data.batch_positions(3, 5, 1, 8, 0, 1), [])
-    assert whole == list(range(24, 40))
-    for accumulate, world in ((2, 1), (1, 2), (2, 2)):
-        batch = 8 // (accumulate * world)
-        parts = [
-            list(data.batch_positions(3, 5, accumulate, batch, rank, world))
-            for rank in range(world)
-        ]
-        assert sorted(sum((sum(part, []) for part in parts), [])) == whole
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -622,36 +437,6 @@ def test_photos_are_framed_as_zero123_frames_them(tmp_path):
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def spoil(tree, tmp_path, what):
-    """A copy of the tree with one thing wrong, and what the error must name."""
-    root = tmp_path / "tree"
-    shutil.copytree(tree, root)
-    image, pose = root / "00001" / "002.png", root / "00001" / "002.npy"
-    if what == "truncated":
-        image.write_bytes(image.read_bytes()[:200])
-    elif what == "nan":
-        np.save(pose, np.full((3, 4), np.nan))
-    elif what == "shape":
-        np.save(pose, np.eye(4))
-    elif what == "empty":
-        shutil.rmtree(root)
-        root.mkdir()
-        return root, str(root)
-    return root, str(image if what == "truncated" else pose)
-
-
-@pytest.mark.parametrize("what", ["truncated", "nan", "shape", "empty"])
-@pytest.mark.parametrize("reader", ["archive", "online"])
-def test_a_bad_file_is_named(tree, tmp_path, what, reader):
-    root, named = spoil(tree, tmp_path, what)
-    flags = ["--data", root, *FROZEN, "--workers", 0]
-    with pytest.raises(InputError, match=re.escape(named)):
-        if reader == "archive":
-            call(precompute_dino, *flags, "--archive", tmp_path / "a")
-        else:
-            call(train, "--online", *flags, "--out", tmp_path / "run", *TRAIN, "--steps", 20)
-
-
 def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_path):
     """--archive with --online: the run from the archive's own features, to their fp16 rounding."""
     flags = [
@@ -671,58 +456,11 @@ def test_archived_latents_with_the_encoder_in_the_loop(run, tree, archive, tmp_p
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=2e-4)
     assert losses[0] != losses[1]
-    pairs = data.Archive(archive, "train", 0, tree)
-    torch.testing.assert_close(
-        pairs.image(3, 2), images.load_image(tree / "00003" / "002.png", 32)[0]
-    )
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "00003" / "001.png").unlink()
-    with pytest.raises(InputError, match="00003: no readable view has view"):
+    with pytest.raises(InputError, match="00003: no image 001 in it"):
         call(train, "--archive", archive, "--online", "--data", tmp_path / "tree", *FROZEN[6:-2], *TRAIN, "--steps", 20,
              "--out", tmp_path / "x")  # fmt: skip
-
-
-def test_skip_bad_counts_and_names(tree, tmp_path, capsys):
-    root, named = spoil(tree, tmp_path, "truncated")
-    flags = ["--data", root, *FROZEN, "--workers", 0, "--precision", "fp32", "--skip_bad"]
-    call(precompute_dino, *flags, "--archive", tmp_path / "a")
-    assert "skipped 1:" in (printed := capsys.readouterr().out) and named in printed
-    offsets = load_file(tmp_path / "a" / "00000.safetensors")["view_offset"].tolist()
-    assert offsets[:4] == [0, 4, 7, 11]
-
-
-def test_skip_bad_passes_over_objects_and_whole_shards(tree, tmp_path, capsys, monkeypatch):
-    """A listed folder that is not there, one without a view, and a shard of two such objects."""
-    monkeypatch.setattr(data, "SHARD_OBJECTS", 2)
-    root = Path(shutil.copytree(tree, tmp_path / "tree"))
-    for name in ("00001", "00004", "00005"):
-        shutil.rmtree(root / name)
-    (root / "00004").mkdir()
-    flags = ["--data", root, *FROZEN, "--workers", 0]
-    with pytest.raises(InputError, match="00001: unreadable folder"):
-        call(precompute_dino, *flags, "--archive", tmp_path / "a")
-    call(precompute_dino, *flags, "--archive", tmp_path / "a", "--skip_bad")
-    printed = capsys.readouterr().out
-    assert "skipped 3:" in printed and "00004: no view has both" in printed
-    assert (
-        not archives.shard_path(tmp_path / "a", 2).exists()
-        and len(data.Archive(tmp_path / "a", "all")) == 9
-    )
-
-
-def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, capsys, monkeypatch):
-    """Refused for want of space, or killed before its manifest stood: then nothing of the first attempt is used."""
-    new = ["--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 0]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=10))
-    with pytest.raises(InputError, match="0.0 GB free"):
-        call(precompute_dino, *new, "--pca", 16)
-    monkeypatch.undo()
-    call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
-    (tmp_path / "a" / "manifest.json").rename(tmp_path / "manifest.json")
-    with pytest.raises(InputError, match="shards without their manifest"):
-        call(precompute_dino, *new, "--pca", 8, "--patch_dtype", "fp8")
-    (tmp_path / "manifest.json").rename(tmp_path / "a" / "manifest.json")
-    assert archives.read_manifest(tmp_path / "a")["encoder"]["feature_dim"] == 8
 
 
 def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tmp_path):
@@ -741,25 +479,6 @@ def test_a_held_out_image_that_cannot_be_read_takes_no_training_with_it(tree, tm
     assert (tmp_path / "run" / "previews" / "step_0000002.png").exists()
 
 
-def test_a_workers_batch_is_made_in_shared_memory_and_its_maps_are_let_go(archive, monkeypatch):
-    pairs = data.Archive(archive, "train")
-    before, pairs.count, maps = pairs[[0, 1]], 50_000, pairs.maps
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
-    after = pairs[[0, 1]]
-    assert (
-        pairs.maps is not maps
-        and pairs.count == 0
-        and not before["cls"].is_shared()
-        and after["cls"].is_shared()
-    )
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_without_amalgamation_no_patch_feature_is_read(archive):
-    pairs = data.Archive(archive, "train", patch=False)
-    assert "patch" not in pairs[[0]] and "patch" in data.Archive(archive, "train")[[0]]
-
-
 def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_path):
     """Each: a script, its arguments, what its one line must hold."""
     lonely = tmp_path / "lonely"
@@ -770,17 +489,12 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
     not_one.write_bytes(b"no checkpoint" * 99)
     image = tree / "00000" / "000.png"
     online = ["--online", "--data", lonely, *FROZEN, "--val_fraction", 0]
-    new = ["--data", tree, "--archive", tmp_path / "b"]
     cases = [
         ("train", [*online, "--out", tmp_path / "r", *SMALL], "a: 1 complete view"),
-        ("precompute_dino", ["--data", tree, "--archive", archive, *FROZEN, "--encoder_size", 32], "--encoder_size 32"),
         ("sample", ["--ckpt", not_one, "--image", image], "not.safetensors"),
         ("sample", ["--ckpt", tmp_path / "none", "--image", image], "none"),
         ("sample", ["--ckpt", run, "--image", image, "--device", "cuda:99"], "--device cuda:99"),
         ("sample", ["--ckpt", run, "--image", image, "--azimuth", 1, 2, "--elevation", 1, 2, 3], "--azimuth"),
-        ("precompute_dino", [*new, "--codec", "pixels", "--encoder", "vit_nonesuch"], "vit_nonesuch"),
-        ("precompute_dino", [*new, "--codec", "pixels"], "--weights"),
-        ("precompute_dino", new, "--vae"),
         ("train", ["--archive", tmp_path, "--out", tmp_path / "r"], "manifest.json"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--width", 64, "--batch_size", 4], "--width"),
         ("train", ["--archive", archive, "--out", run, *SMALL, "--batch_size", 5], "--batch_size 5"),
@@ -793,7 +507,6 @@ def test_bad_input_is_one_line_from_the_command_line(tree, archive, run, tmp_pat
         ("train", ["--archive", archive, "--out", run, *SMALL, "--t_mean", 3000, "--t_std", 100], "--t_mean 3000"),
         ("train", ["--archive", archive, "--out", tmp_path / "r", *SMALL, "--device", "meta"], "--device meta"),
         ("train", [*online[:-2], "--data", tree, "--layers", "--out", tmp_path / "r", *SMALL], "--no-amalgamate"),
-        ("precompute_dino", [*new, *FROZEN, "--layers", "--pca", 8], "--pca 8"),
         ("tools.shapes", ["--out", image / "x"], "--out"),
     ]  # fmt: skip
     for name, argv, named in cases:

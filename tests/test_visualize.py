@@ -63,6 +63,7 @@ def archive(tmp_path):
         "patch": patch.half(),
         "alpha": alpha,
         "pose": poses,
+        "view": torch.tensor([0, 1, 2, 0, 1, 2]),
         "view_offset": torch.tensor([0, 3, 6]),
     }
     root = tmp_path / "archive"

@@ -188,6 +188,7 @@ def open_archive(args, size: dict, recipe: str):
             rows |= {
                 "alpha": torch.zeros(views, tokens).byte(),
                 "pose": torch.eye(3, 4).repeat(views, 1, 1),
+                "view": torch.arange(12).repeat(32),
             }
             rows |= {"view_offset": torch.arange(33) * 12}
             archives.save_shard(
@@ -502,7 +503,7 @@ def bench_archive(args, size: dict, device: torch.device):
         members = dict.fromkeys(range(10_000), (2 * data.list_objects(flags.data))[:64])
 
         how, cuda = (encoder, codec, flags, device), device.type == "cuda"
-        fixed = next(iter(precompute_dino.load_views(members, flags, [])))
+        fixed = next(iter(precompute_dino.ViewLoader(members, flags)))
 
         def encode() -> int:
             return len(precompute_dino.encode_views(fixed, *how)["object"])
@@ -515,7 +516,7 @@ def bench_archive(args, size: dict, device: torch.device):
         for row in ("decode", "decode, encode"):
             for n in args.workers:
                 flags.workers = n
-                batches = precompute_dino.load_views(members, flags, [])
+                batches = precompute_dino.ViewLoader(members, flags)
                 batches = (
                     batches if row == "decode" else precompute_dino.encode_ahead(batches, *how)
                 )
