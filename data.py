@@ -195,13 +195,14 @@ def scan(root: Path) -> list[str]:
     return sorted(names)
 
 
-@functools.cache  # once a process
+@functools.cache
 def say_it_scans(root: Path) -> None:
+    """Prints that there is no list: once a process, and once a job of several ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"note: {root} has no valid_paths.json: its folders are listed, sorted by name. "
-            "Objaverse's renders have one, a download of its own, valid_paths.json.zip of the "
-            "zero123 repository; without it other objects are held out than Zero-1-to-3's"
+            f"note: {root} has no valid_paths.json, so its folders are listed by name. Objaverse's "
+            "renders have such a list, a separate download (valid_paths.json.zip of the zero123 "
+            "repository): without it, other objects are held out than in Zero-1-to-3"
         )
 
 
@@ -265,7 +266,7 @@ def warn_of_odd_poses(root: str | Path, names: list[str]) -> None:
             path = list_views(root, name)[0][1]
             notes = check_pose(read_pose(path))
         except (InputError, IndexError):
-            continue  # named by whoever reads this object
+            continue  # whoever reads this object will name what is wrong
         for note in notes:
             counts[note] += 1
             examples.setdefault(note, path)

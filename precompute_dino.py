@@ -502,6 +502,7 @@ def print_skipped(skipped: list[str]) -> None:
 
 def main() -> None:
     args = parse_args()
+    # From here on --precision has a value, which the manifest records.
     device, args.precision = open_device(args.device, args.precision)
     rank, world = join_ranks()
 
@@ -518,17 +519,17 @@ def main() -> None:
     own = read_tensors(frozen_path(args)) if frozen_path(args).exists() else {}
     encoder, codec = open_frozen(args, device, own)
 
-    views = 0.0
+    mean_views = 0.0
     if rank == 0:
-        views = views_per_object(args, names)
-        check_space(args, sum(map(len, missing.values())), views, encoder, codec)
+        mean_views = views_per_object(args, names)
+        check_space(args, sum(map(len, missing.values())), mean_views, encoder, codec)
         save_or_check_manifest(args, names, encoder, codec)
         if missing and args.layers and (args.pca or args.patch_dtype == "fp8"):
             print_storage_error(args, names, encoder, device)
     wait_for_all(world)
 
     mine = dict(list(missing.items())[rank::world])
-    total = round(views * sum(map(len, mine.values())))
+    total = round(mean_views * sum(map(len, mine.values())))
     what = "archiving" if world == 1 else f"archiving, rank 0 of {world}"
     with tqdm(total=total, desc=what, unit="view", disable=rank > 0) as bar:
         skipped = write_shards(mine, encoder, codec, args, device, bar)

@@ -99,7 +99,7 @@ def check_types(path: Path, part: str, values, types: dict[str, type]) -> None:
     for key, kind in types.items():
         value = values.get(key) if isinstance(values, dict) else None
         if kind is float and isinstance(value, int):
-            continue  # json writes 1.0 as 1 in other languages
+            continue  # other programs write 1.0 as 1
         if not isinstance(value, kind):
             raise InputError(f"{path}: malformed, {part}{key} is {repr(value)[:50]}")
 

@@ -1,4 +1,4 @@
-"""precompute_dino.py and data.Archive: what archives hold, how they are written, what is refused."""
+"""precompute_dino.py and data.Archive: what archives hold, how they are written, refusals."""
 
 import functools
 import json
