@@ -1,11 +1,11 @@
-"""Stable Diffusion's autoencoder under LDM's names, and reading it. B batch, C latent channels."""
+"""Stable Diffusion's autoencoder under LDM's names. B batch, C latent channels, f downsampling."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.cli import InputError, one_line
-from lib.formats import count
+from lib.formats import PREFIX, count
 
 
 class VAEBlock(nn.Module):
@@ -13,16 +13,16 @@ class VAEBlock(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm1, self.conv1 = (
-            nn.GroupNorm(32, width, eps=1e-6),
-            nn.Conv2d(width, out, 3, padding=1),
-        )
-        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out, eps=1e-6)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
 
 
 class VAEAttention(nn.Module):
@@ -31,90 +31,148 @@ class VAEAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, width, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)
-        )  # (B, 1, HW, c)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # (B, c, HW)
-        return x + self.proj_out(h.reshape(x.shape))
+        q = as_tokens(self.q(h))  # (B, 1, HW, c)
+        k = as_tokens(self.k(h))
+        v = as_tokens(self.v(h))
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h[:, 0].transpose(1, 2).reshape(x.shape)  # (B, c, H, W)
+        return x + self.proj_out(h)
 
 
-class VAEResample(nn.Module):
-    """Half or twice the size: (B, c, H, W) -> (B, c, H/2, W/2) or (B, c, 2H, 2W). LDM pads right and below only."""
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, c, H, W) -> (B, 1, HW, c): the positions as a sequence, for one head."""
+    return x.flatten(2).transpose(1, 2)[:, None]
 
-    def __init__(self, width: int, down: bool):
+
+class VAEDownsample(nn.Module):
+    """(B, c, H, W) -> (B, c, H/2, W/2). LDM pads on the right and below only."""
+
+    def __init__(self, width: int):
         super().__init__()
-        self.down, self.conv = (
-            down,
-            nn.Conv2d(width, width, 3, **({"stride": 2} if down else {"padding": 1})),
-        )
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1))
-            if self.down
-            else F.interpolate(x, scale_factor=2, mode="nearest")
-        )
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class VAEHalf(nn.Module):
-    """The autoencoder's encoder (down) or decoder, which is the encoder in reverse: levels of the given widths."""
+class VAEUpsample(nn.Module):
+    """(B, c, H, W) -> (B, c, 2H, 2W)."""
 
-    def __init__(
-        self, channels: int, width: int, widths: list[int], blocks: int, out: int, down: bool
-    ):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        middle, name = widths[-1] if down else width, "down" if down else "up"
-        parts = {"block_1": VAEBlock(middle, middle), "attn_1": VAEAttention(middle)}
-        self.mid = nn.ModuleDict(parts | {"block_2": VAEBlock(middle, middle)})
-        levels, layers = nn.ModuleList(), []
-        for i, level_width in enumerate(widths):
-            chain = [width] + [level_width] * blocks
-            level, width = {"block": nn.ModuleList(map(VAEBlock, chain, chain[1:]))}, level_width
-            layers += level["block"]
-            if i < len(widths) - 1:
-                level[f"{name}sample"] = VAEResample(width, down)
-                layers += [level[f"{name}sample"]]
-            levels.append(nn.ModuleDict(level))
-        setattr(
-            self, name, levels if down else levels[::-1]
-        )  # up.0 is the finest level, and runs last
-        self.order = (*layers, *self.mid.values()) if down else (*self.mid.values(), *layers)
-        self.norm_out, self.conv_out = (
-            nn.GroupNorm(32, width, eps=1e-6),
-            nn.Conv2d(width, out, 3, padding=1),
-        )
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def make_middle(width: int) -> nn.ModuleDict:
+    """The layers at the coarsest level, in the order in which they run."""
+    return nn.ModuleDict(
+        {
+            "block_1": VAEBlock(width, width),
+            "attn_1": VAEAttention(width),
+            "block_2": VAEBlock(width, width),
+        }
+    )
+
+
+def make_blocks(width: int, out: int, blocks: int) -> nn.ModuleList:
+    """Residual blocks of a level; the first one changes the width."""
+    return nn.ModuleList(VAEBlock(width if i == 0 else out, out) for i in range(blocks))
+
+
+class VAEEncoder(nn.Module):
+    """Image (B, 3, H, W) -> mean and log variance before quant_conv (B, 2C, H/f, W/f)."""
+
+    def __init__(self, widths: list[int], blocks: int, out: int):
+        super().__init__()
+        width = widths[0]
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, level_width in enumerate(widths):
+            layers = {"block": make_blocks(width, level_width, blocks)}
+            if level < len(widths) - 1:
+                layers["downsample"] = VAEDownsample(level_width)
+            self.down.append(nn.ModuleDict(layers))
+            width = level_width
+        self.mid = make_middle(width)
+        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for layer in self.order:
+        for level in self.down:
+            for block in level["block"]:
+                h = block(h)
+            if "downsample" in level:
+                h = level["downsample"](h)
+        for layer in self.mid.values():
             h = layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class AutoencoderKL(nn.Module):
-    """Stable Diffusion's KL-f8 autoencoder under LDM's names. Where the diffusion runs, latents are times `scale`.
+class VAEDecoder(nn.Module):
+    """Latent behind post_quant_conv (B, C, H/f, W/f) -> image (B, 3, H, W)."""
 
-    encode: image (B, 3, H, W) in [-1, 1] -> the posterior's mean and log variance, (B, C, H/f, W/f) each, unscaled.
-    decode: unscaled latent -> image. `load_autoencoder` freezes it.
+    def __init__(self, widths: list[int], blocks: int, channels: int):
+        super().__init__()
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.mid = make_middle(width)
+        levels = []
+        for level in reversed(range(len(widths))):
+            layers = {"block": make_blocks(width, widths[level], blocks)}
+            if level > 0:
+                layers["upsample"] = VAEUpsample(widths[level])
+            levels.append(nn.ModuleDict(layers))
+            width = widths[level]
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, which runs last
+        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for layer in self.mid.values():
+            h = layer(h)
+        for level in reversed(self.up):
+            for block in level["block"]:
+                h = block(h)
+            if "upsample" in level:
+                h = level["upsample"](h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's KL-f8 autoencoder under LDM's names.
+
+    encode: image (B, 3, H, W) in [-1, 1] -> the posterior's mean and log variance, each
+        (B, C, H/f, W/f) and unscaled.
+    decode: unscaled latent -> image.
+
+    The diffusion works on latents times `scale`. `load_autoencoder` opens one, frozen.
     """
 
-    name, scale, source = "sd", 0.18215, None
+    name = "sd"
+    scale = 0.18215  # Stable Diffusion 1.x; `pretrained.load_codec` takes a folder's own
+    source = None
 
     def __init__(
         self, ch: int = 128, ch_mult=(1, 2, 4, 4), num_res_blocks: int = 2, z_channels: int = 4
     ):
         super().__init__()
-        self.channels, self.factor = z_channels, 2 ** (len(ch_mult) - 1)
+        self.channels = z_channels
+        self.factor = 2 ** (len(ch_mult) - 1)
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = VAEHalf(3, ch, widths, num_res_blocks, 2 * z_channels, down=True)
-        self.decoder = VAEHalf(
-            z_channels, widths[-1], widths[::-1], num_res_blocks + 1, 3, down=False
-        )
+        self.encoder = VAEEncoder(widths, num_res_blocks, 2 * z_channels)
+        self.decoder = VAEDecoder(widths, num_res_blocks + 1, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
@@ -126,31 +184,30 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def load_autoencoder(weights: dict[str, Tensor]) -> AutoencoderKL:
-    """The autoencoder under `first_stage_model.`, frozen, in float32; its shape follows from the tensors."""
-    given = {
-        k.removeprefix("first_stage_model."): v
-        for k, v in weights.items()
-        if k.startswith("first_stage_model.")
-    }
-    levels, blocks = (
-        count(given, r"encoder\.down\.(\d+)"),
-        count(given, r"encoder\.down\.0\.block\.(\d+)"),
-    )
+def load_autoencoder(weights: dict[str, Tensor], source="these weights") -> AutoencoderKL:
+    """The autoencoder under `first_stage_model.`, frozen, in float32. The shapes tell its size.
+
+    source: what the weights were read from. Raises InputError naming it where there is no such
+    autoencoder.
+    """
+    prefix = PREFIX["vae"]
+    given = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+    levels = count(given, r"encoder\.down\.(\d+)")
+    blocks = count(given, r"encoder\.down\.0\.block\.(\d+)")
     try:
-        ch, z_channels = len(given["encoder.conv_in.weight"]), len(given["post_quant_conv.weight"])
-        mult = [len(given[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)]
-        with torch.device("meta"):
-            codec = AutoencoderKL(ch, mult, blocks, z_channels)
-        codec.load_state_dict({k: given[k].float() for k in codec.state_dict()}, assign=True)
+        ch = len(given["encoder.conv_in.weight"])
+        z_channels = len(given["post_quant_conv.weight"])
+        ch_mult = []
+        for level in range(levels):
+            ch_mult.append(len(given[f"encoder.down.{level}.block.0.conv1.weight"]) // ch)
+        with torch.device("meta"):  # the weights follow: initialising them would take seconds
+            codec = AutoencoderKL(ch, ch_mult, blocks, z_channels)
+        state = {name: given[name].float() for name in codec.state_dict()}
+        codec.load_state_dict(state, assign=True)
     except (
-        KeyError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-        ZeroDivisionError,
-    ) as error:  # missing, or of another shape
+        Exception
+    ) as error:  # a tensor is missing or of another shape; a foreign file may hold anything
         raise InputError(
-            f"--vae: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})"
+            f"{source}: no autoencoder of Stable Diffusion 1.x in it ({one_line(error)})"
         ) from None
     return codec.eval().requires_grad_(False)

@@ -1,12 +1,12 @@
-"""Write a trained model for other codebases: zero123's own code and threestudio (.ckpt), or diffusers (a folder).
+"""Write a trained model for zero123's code and threestudio (.ckpt), or for diffusers (a folder).
 
-    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt     # trained with CLIP and --no-amalgamate
+    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt
     python -m tools.convert --ckpt zero123-xl.ckpt --out folder
 
-A model that amalgamates features has no place there, and is refused.
+runs/baseline was trained with --encoder CLIP's and --no-amalgamate. A model that amalgamates
+features, or takes its pose by an MLP, has no place in those codebases and is refused.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,161 +16,217 @@ from torch import Tensor, nn
 
 import pretrained
 from lib.autoencoder import AutoencoderKL
-from lib.cli import HelpFormatter, InputError, run_script
+from lib.cli import ArgumentParser, InputError, run_script
 from lib.files import write_atomically
-from lib.formats import CLIP_NAMES, PREFIX, count, unet_names, vae_names
+from lib.formats import CLIP_NAMES, PREFIX, WEIGHTS_SUFFIXES, count, unet_names, vae_names
 from model import NovelViewModel
+from pretrained import ImageEncoder
+
+# ---------------------------------------------------------------------------- what can be exported
 
 
-def clip_to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's CLIP names -> OpenAI's, those of zero123's `cond_stage_model.model`: the inverse of timm's conversion."""
-    result = {
-        "visual.proj": state["head.weight"].T.contiguous()
-    }  # OpenAI's has no bias, and timm's is zero
-    for name in (k for k in state if not k.startswith("head.")):
-        tensor, ours = state[name], f"visual..{name}"
-        for openai, _, timms in CLIP_NAMES:
-            ours = ours.replace(f".{timms}", f".{openai}")
-        extra = {
-            "pos_embed": tensor.shape[1:],
-            "cls_token": tensor.shape[2:],
-        }  # timm's have a batch axis
-        result[ours.replace("..", ".")] = tensor.reshape(extra.get(name, tensor.shape))
-    return result
-
-
-def exported(
-    model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder
-) -> tuple[dict, ...]:
-    """(UNet, codec, cc_projection) for other codebases; InputError where those cannot represent the model."""
+def check_exportable(model: NovelViewModel, codec: nn.Module, encoder: ImageEncoder) -> None:
+    """Raises InputError where zero123's code and diffusers could not represent the model."""
     if encoder.name != pretrained.CLIP:
         raise InputError(
-            f"--ckpt: conditioned on {encoder.name}; zero123's code and pipelines know its CLIP only"
+            f"--ckpt: conditioned on {encoder.name}; "
+            "zero123's code and pipelines know its CLIP only"
         )
-    parts = (model.unet, codec, model.cc_projection)
-    unet, vae, projection = (
-        {k: v.float().cpu() for k, v in part.state_dict().items()} for part in parts
-    )
-    if unet.pop("amalgamation.weight", torch.zeros(1)).any():
+    if model.args.get("pose_embedding", "token") != "token":
         raise InputError(
-            "--ckpt: the model amalgamates patch features, which zero123's and diffusers' UNets cannot"
+            "--ckpt: the model takes its pose by an MLP, which zero123's and diffusers' UNets lack"
+        )
+    amalgamation = model.unet.state_dict().get("amalgamation.weight")
+    if amalgamation is not None and amalgamation.any():
+        raise InputError(
+            "--ckpt: the model amalgamates patch features, "
+            "which zero123's and diffusers' UNets cannot"
         )
     if not isinstance(codec, AutoencoderKL) or model.prediction != "eps":
         raise InputError(
-            "--ckpt: zero123 and diffusers need Stable Diffusion's codec (not pixels) and eps (not v)"
+            "--ckpt: zero123 and diffusers need Stable Diffusion's codec (not pixels) and eps "
+            f"(not {model.prediction})"
         )
-    return unet, vae, projection
+
+
+def float_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors in float32 on the CPU, without an amalgamation: it is zero."""
+    state = {}
+    for name, value in module.state_dict().items():
+        if name != "amalgamation.weight":
+            state[name] = value.float().cpu()
+    return state
+
+
+# ------------------------------------------------------------------------------------ LDM's format
 
 
 def write_ldm(
-    path: str | Path, model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder
+    path: str | Path, model: NovelViewModel, codec: nn.Module, encoder: ImageEncoder
 ) -> None:
-    """A .ckpt for zero123's own code and threestudio: all of it, for their loader leaves random what is missing.
+    """A .ckpt for zero123's own code and threestudio.
 
-    They sample the EMA: the weights are written as both, once on disk, for the tensors share memory.
+    It holds everything, because their loader leaves random what is missing. They sample with the
+    EMA: the weights are the raw ones and the EMA at once, which share their memory on disk.
+    Raises InputError where they could not represent the model.
     """
-    unet, vae, projection = exported(model, codec, encoder)
-    if (heads := model.unet.middle_block[1].transformer_blocks[0].attn1.num_heads) != 8:
+    check_exportable(model, codec, encoder)
+    heads = model.args.get("num_heads", 8)
+    if heads != 8:
         raise InputError(
-            f"--ckpt: {heads} attention heads; a .ckpt doesn't hold the number, and its readers take 8"
+            f"--ckpt: {heads} attention heads; a .ckpt doesn't hold the number, "
+            "and its readers take 8"
         )
-    state = {PREFIX["unet"] + k: v for k, v in unet.items()}
-    state |= {f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in unet.items()}
-    state |= {
-        "model_ema.decay": torch.tensor(0.9999),
-        "model_ema.num_updates": torch.tensor(0, dtype=torch.int32),
-    }
-    state |= {PREFIX["vae"] + k: v for k, v in vae.items()}
-    state |= {
-        f"cond_stage_model.model.{k}": v.cpu()
-        for k, v in clip_to_openai(encoder.vit.state_dict()).items()
-    }
-    state |= {PREFIX["cc_projection"] + k: v for k, v in projection.items()}
-    write_atomically(
-        Path(path), lambda temporary: torch.save({"state_dict": state, "global_step": 0}, temporary)
-    )
+    state = {}
+    for name, value in float_state(model.unet).items():
+        state[PREFIX["unet"] + name] = value
+        state["model_ema.diffusion_model" + name.replace(".", "")] = value
+    state["model_ema.decay"] = torch.tensor(0.9999)
+    state["model_ema.num_updates"] = torch.tensor(0, dtype=torch.int32)
+    for name, value in float_state(codec).items():
+        state[PREFIX["vae"] + name] = value
+    for name, value in clip_to_openai(encoder.vit.state_dict()).items():
+        state[f"cond_stage_model.model.{name}"] = value.cpu()
+    for name, value in float_state(model.cc_projection).items():
+        state[PREFIX["cc_projection"] + name] = value
+    checkpoint = {"state_dict": state, "global_step": 0}
+    write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def clip_to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's CLIP names -> OpenAI's, those of zero123's `cond_stage_model.model`."""
+    # OpenAI's projection has no bias, and timm's bias is zero.
+    result = {"visual.proj": state["head.weight"].T.contiguous()}
+    for name, tensor in state.items():
+        if name.startswith("head."):
+            continue
+        openai_name = f".{name}"
+        for openai, _, timms in CLIP_NAMES:
+            openai_name = openai_name.replace(f".{timms}", f".{openai}")
+        shape = tensor.shape
+        if name == "pos_embed":  # timm's two have a batch axis
+            shape = shape[1:]
+        elif name == "cls_token":
+            shape = shape[2:]
+        result[f"visual{openai_name}"] = tensor.reshape(shape)
+    return result
+
+
+# ------------------------------------------------------------------------------ diffusers' format
 
 
 def write_diffusers(
-    folder: str | Path, model: NovelViewModel, codec: nn.Module, encoder: pretrained.ImageEncoder
+    folder: str | Path, model: NovelViewModel, codec: nn.Module, encoder: ImageEncoder
 ) -> None:
-    """unet/, vae/ and zero123-hf's cc_projection/, each with the config.json by which diffusers opens it."""
-    unet, vae, projection = exported(model, codec, encoder)
-    unet = {new: unet[old] for old, new in unet_names(unet).items()}
-    vae = {new: vae[old] for old, new in vae_names(vae).items()}
-    vae = {k: v.flatten(1) if ".attentions." in k and v.ndim == 4 else v for k, v in vae.items()}
-    attn, channels = (
-        model.unet.middle_block[1].transformer_blocks[0].attn1,
-        unet["conv_in.weight"].shape[1],
-    )
-    configs = {
-        "unet": {"_class_name": "UNet2DConditionModel", "in_channels": channels, "sample_size": 32}
+    """Folders unet/, vae/ and zero123-hf's cc_projection/, each with its config.json.
+
+    Raises InputError where diffusers could not represent the model.
+    """
+    check_exportable(model, codec, encoder)
+    unet = diffusers_unet(model)
+    vae = diffusers_vae(codec)
+    projection = {f"projection.{k}": v for k, v in float_state(model.cc_projection).items()}
+    context_dim, cls_and_pose = model.cc_projection.weight.shape
+    projection_config = {
+        "_class_name": "CCProjection",
+        "in_channel": cls_and_pose,
+        "out_channel": context_dim,
     }
-    configs["unet"] |= {
-        "out_channels": len(unet["conv_out.weight"]),
-        "cross_attention_dim": model.unet.context_dim,
+    write_model(Path(folder, "unet"), unet, unet_config(model, unet))
+    write_model(Path(folder, "vae"), vae, vae_config(codec, vae))
+    write_model(Path(folder, "cc_projection"), projection, projection_config)
+
+
+def diffusers_unet(model: NovelViewModel) -> dict[str, Tensor]:
+    """The UNet's tensors under diffusers' names."""
+    unet = float_state(model.unet)
+    return {new: unet[old] for old, new in unet_names(unet).items()}
+
+
+def diffusers_vae(codec: AutoencoderKL) -> dict[str, Tensor]:
+    """The autoencoder's tensors under diffusers' names. Its attention is of linear layers there."""
+    vae = float_state(codec)
+    result = {}
+    for old, new in vae_names(vae).items():
+        convolution = ".attentions." in new and vae[old].ndim == 4
+        result[new] = vae[old].flatten(1) if convolution else vae[old]
+    return result
+
+
+def unet_config(model: NovelViewModel, unet: dict[str, Tensor]) -> dict:
+    """diffusers' config.json of a UNet, from its tensors under diffusers' names."""
+    levels = count(unet, r"down_blocks\.(\d+)")
+    down_types = []
+    for level in range(levels):
+        attention = f"down_blocks.{level}.attentions.0.norm.weight" in unet
+        down_types.append("CrossAttnDownBlock2D" if attention else "DownBlock2D")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": unet["conv_in.weight"].shape[1],
+        "out_channels": unet["conv_out.weight"].shape[0],
+        "sample_size": 32,
+        "cross_attention_dim": model.cc_projection.weight.shape[0],
+        "attention_head_dim": model.args.get("num_heads", 8),  # diffusers' misnomer
+        "down_block_types": down_types,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down_types)],
+        "block_out_channels": level_widths(unet, "down_blocks", levels),
+        "layers_per_block": count(unet, r"down_blocks\.0\.resnets\.(\d+)"),
     }
-    configs["unet"]["attention_head_dim"] = attn.num_heads  # diffusers' misnomer
-    configs["vae"] = {
+
+
+def vae_config(codec: AutoencoderKL, vae: dict[str, Tensor]) -> dict:
+    """diffusers' config.json of an autoencoder, from its tensors under diffusers' names."""
+    levels = count(vae, r"encoder\.down_blocks\.(\d+)")
+    return {
         "_class_name": "AutoencoderKL",
         "latent_channels": codec.channels,
         "scaling_factor": codec.scale,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": level_widths(vae, "encoder.down_blocks", levels),
+        "layers_per_block": count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)"),
     }
-    for config, tensors, down in (
-        (configs["unet"], unet, "down_blocks"),
-        (configs["vae"], vae, "encoder.down_blocks"),
-    ):
-        levels = [f"{down}.{i}" for i in range(count(tensors, rf"{down}\.(\d+)"))]
-        cross = [
-            "CrossAttn" if f"{level}.attentions.0.norm.weight" in tensors else ""
-            for level in levels
-        ]
-        ways = ("Down", "Up") if tensors is unet else ("DownEncoder", "UpDecoder")
-        config["down_block_types"] = [f"{kind}{ways[0]}Block2D" for kind in cross]
-        config["up_block_types"] = [f"{kind}{ways[1]}Block2D" for kind in reversed(cross)]
-        config["block_out_channels"] = [
-            len(tensors[f"{level}.resnets.0.conv1.weight"]) for level in levels
-        ]
-        config["layers_per_block"] = count(tensors, rf"{down}\.0\.resnets\.(\d+)")
-    out, into = projection["weight"].shape
-    configs["cc_projection"] = {
-        "_class_name": "CCProjection",
-        "in_channel": into,
-        "out_channel": out,
-    }
-    projection = {f"projection.{k}": v for k, v in projection.items()}
-    for (name, config), tensors in zip(configs.items(), (unet, vae, projection), strict=True):
-        tensors, text = (
-            {k: v.contiguous() for k, v in tensors.items()},
-            json.dumps(config, indent=2),
-        )
-        write_atomically(
-            Path(folder, name, "diffusion_pytorch_model.safetensors"),
-            lambda path, t=tensors: save_file(t, path),
-        )
-        write_atomically(Path(folder, name, "config.json"), lambda path, t=text: path.write_text(t))
+
+
+def level_widths(tensors: dict[str, Tensor], prefix: str, levels: int) -> list[int]:
+    """The channels of each level of an encoder under diffusers' names."""
+    return [len(tensors[f"{prefix}.{i}.resnets.0.conv1.weight"]) for i in range(levels)]
+
+
+def write_model(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """A folder that diffusers opens. Raises InputError where it cannot be written."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    weights_file = folder / "diffusion_pytorch_model.safetensors"
+    write_atomically(weights_file, lambda temporary: save_file(contiguous, temporary))
+    text = json.dumps(config, indent=2)
+    write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
+
+
+# ------------------------------------------------------------------------------------ command line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a run, a step folder, or a weights file")
+    add(
+        "--out",
+        required=True,
+        help="x.ckpt (zero123's code, threestudio) or a folder (diffusers)",
     )
-    parser.add_argument("--ckpt", required=True, help="a run, a step folder, or a weights file")
-    parser.add_argument(
-        "--out", required=True, help="x.ckpt (zero123's code, threestudio) or a folder (diffusers)"
-    )
-    parser.add_argument(
+    add(
         "--encoder_weights",
         help="the image encoder's weights, where the checkpoint's are elsewhere",
     )
-    parser.add_argument("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
+    add("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
     args = parser.parse_args()
-    if args.out.endswith((".pt", ".pth", ".bin", ".safetensors")):
+    suffix = Path(args.out).suffix
+    if suffix != ".ckpt" and suffix in WEIGHTS_SUFFIXES:
         raise InputError(f"--out {args.out}: x.ckpt, or a folder for diffusers")
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, "cpu", args.encoder_weights, args.vae
     )
-    if args.out.endswith(".ckpt"):
+    if suffix == ".ckpt":
         write_ldm(args.out, model, codec, encoder)
     else:
         write_diffusers(args.out, model, codec, encoder)
