@@ -20,6 +20,7 @@ from lib.autoencoder import AutoencoderKL, load_autoencoder
 from lib.checkpoints import read_checkpoint, read_meta, tensor_hash
 from lib.cli import InputError, fraction, hint, nonnegative_int, one_line, positive_int
 from lib.formats import (
+    POSE_MLP,
     PREFIX,
     check_finite,
     clip_to_timm,
@@ -664,10 +665,10 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor], flag: str
 
 
 def own_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet and cc_projection of `read_weights`'s tensors, under NovelViewModel's names."""
+    """Those of `read_weights`'s tensors that are the model's, under NovelViewModel's names."""
     given = {}
     for name, tensor in weights.items():
-        if not name.startswith((PREFIX["unet"], PREFIX["cc_projection"])):
+        if not name.startswith((PREFIX["unet"], PREFIX["cc_projection"], POSE_MLP)):
             continue
         own_name = name.replace(PREFIX["unet"], "unet.")
         # Some conversions hold LDM's 1x1 convolutions as linear layers.

@@ -33,6 +33,7 @@ FOLDERS = {
     "cc_projection": ("cc_projection", "clip_camera_projection"),
     "image_encoder": ("image_encoder",),
 }
+POSE_MLP = "pose_mlp."  # ours alone: the camera move's other way into the model
 WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -489,6 +490,8 @@ def read_weights(source: str | Path, parts: tuple[str, ...] = tuple(PREFIX)) -> 
     if "unet" in parts:
         tensors = take_ema(tensors, source)
     prefixes = tuple(PREFIX[part] for part in parts)
+    if "cc_projection" in parts:
+        prefixes += (POSE_MLP,)
     wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
     check_finite(wanted, source)
     return wanted

@@ -1,18 +1,15 @@
-"""studies/table.py, convert.py, consistency.py, steps.py and slurm.sh: what they print, write and refuse."""
+"""studies/table.py, consistency.py, steps.py and slurm.sh: what they print, write and refuse."""
 
 import json
 import os
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, call
 
-from lib.autoencoder import AutoencoderKL
 from lib.cli import InputError
-from model import NovelViewModel
 from studies import consistency, steps, table
-from tools import convert, shapes
+from tools import shapes
 
 BLANK = {"data": "d", "split": "val", "protocol": "pairs", "pairs": 4, "image_size": 32, "lpips_net": None,
          "val_fraction": 0.1}  # fmt: skip
@@ -111,31 +108,6 @@ def test_samples_a_pair_are_evaluates_and_tell_lines_apart(tmp_path, capsys):
     assert (
         rows(path, lines[:1], capsys, "--where", "samples_seen=160")[0][-1] == "5"
     )  # 20 steps of 8
-
-
-def test_convert_refuses_what_a_ckpt_cannot_hold_and_names_that_mislead(tmp_path):
-    shape = dict(
-        in_channels=8,
-        model_channels=32,
-        channel_mult=(1,),
-        num_res_blocks=1,
-        attention_resolutions=(),
-    )
-    model = NovelViewModel(cls_dim=12, context_dim=16, num_heads=4, **shape)
-    vae, clip = AutoencoderKL(32, (1, 1), 1), SimpleNamespace(name=convert.pretrained.CLIP)
-    with pytest.raises(InputError, match="--ckpt: 4 attention heads"):
-        convert.write_ldm(tmp_path / "x.ckpt", model, vae, clip)
-    assert not list(tmp_path.iterdir())
-    for suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        with pytest.raises(InputError, match=f"--out x{suffix}: "):
-            call(convert, "--ckpt", "none", "--out", f"x{suffix}")
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        InputError, match="file/unet/diffusion_pytorch_model.safetensors: could not be written"
-    ):
-        convert.write_diffusers(tmp_path / "file", model, vae, clip)
-    convert.write_diffusers(tmp_path / "folder", model, vae, clip)
-    assert json.loads((tmp_path / "folder/unet/config.json").read_text())["attention_head_dim"] == 4
 
 
 def test_consistency_of_orbits_that_show_too_little(run, tmp_path):
