@@ -268,7 +268,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         groups = self.num_groups
-        y = x.permute(0, 2, 3, 1).reshape(B, H * W, groups, C // groups).float()
+        y = x.permute(0, 2, 3, 1).reshape(B, H * W, groups, C // groups)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))  # float32 or better
         var, mean = torch.var_mean(y, dim=(1, 3), keepdim=True, correction=0)  # (B, 1, groups, 1)
         scale = torch.rsqrt(var + self.eps) * self.weight.reshape(groups, C // groups)
         shift = self.bias.reshape(groups, C // groups) - mean * scale
