@@ -7,6 +7,7 @@ B batch, C latent channels, T patch tokens, D width of the image encoder.
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 import timm
@@ -112,7 +113,8 @@ class ImageEncoder(nn.Module):
     Args:
         weights: "pretrained" (timm's, from the hub), "random", a file (timm's names; DINOv2 in
             Meta's or transformers' names; CLIP in OpenAI's or transformers'; a zero123 checkpoint),
-            a diffusers folder, or the tensors of an earlier encoder's `.vit`.
+            a folder or hub name of diffusers or transformers, or the tensors of an earlier
+            encoder's `.vit`.
         layers: blocks whose patch tokens are kept, counted from 0, rising; () for none.
         image_size: side in pixels to which images are resized.
         pca: {"mean": (K0,), "components": (K0, K)} for the patch features.
@@ -211,8 +213,8 @@ class ImageEncoder(nn.Module):
     def spec(self) -> dict:
         """What an archive or a checkpoint notes of this encoder, fit for json."""
         tensors = dict(self.vit.state_dict())
-        # These are resampled, which different machines round differently.
-        tensors.pop("pos_embed")
+        # The position embeddings are resampled, which different machines round differently.
+        tensors.pop("pos_embed", None)
         if self.pca is not None:
             tensors["pca_mean"] = self.pca_mean
             tensors["pca"] = self.pca
@@ -365,7 +367,7 @@ def add_encoder_flags(group) -> None:
     add(
         "--weights",
         default="pretrained",
-        help="encoder's weights: pretrained, random, or a file",
+        help="encoder's weights: pretrained, random, or a file, folder or hub name",
     )
     add(
         "--encoder_size",
@@ -493,7 +495,8 @@ def open_codec(spec: dict, source: str | None = None, advice: str = "") -> nn.Mo
     weights = source or spec.get("source")
     with hint("" if source else f"; give the VAE by --vae{advice}"):
         codec = load_codec(spec["name"], weights, spec["factor"])
-    codec.scale = spec["scale"]
+    if spec["name"] == "sd":
+        codec.scale = spec["scale"]
     for key, value in codec_spec(codec).items():
         if key != "source" and value != spec.get(key):
             raise InputError(f"--vae {weights}: not the VAE that the model was trained with")
@@ -566,6 +569,8 @@ def check_values(meta: dict) -> None:
         raise ValueError("feature_tokens is not the encoder's")
     if not 0 <= meta["val_fraction"] <= 1:
         raise ValueError("val_fraction is not a fraction")
+    if not 0 < meta["codec"]["scale"] < math.inf:
+        raise ValueError("the codec's scale is not a positive number")
     # A damaged number must not make us build millions of blocks or allocate terabytes.
     if len(args["channel_mult"]) > 16 or args["num_res_blocks"] > 64:
         raise ValueError("absurd sizes")
@@ -745,12 +750,17 @@ def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
     encoder: the spec of the model's encoder. Prints where a checkpoint of ours knew other features.
     """
     meta = own_meta(source)
+    other_features = False
     if meta is None:
-        theirs = {"num_heads": read_heads(source)}
+        theirs = {"num_heads": read_heads(locate(source, ("unet", "cc_projection")))}
     else:
-        theirs = {key: meta["model"].get(key) for key in ("prediction", "num_heads")}
+        with naming(f"--init {source}: malformed metadata"):
+            theirs = {key: meta["model"][key] for key in ("prediction", "num_heads")}
+            other_features = any(
+                meta["encoder"][key] != encoder[key] for key in ("sha256", "layers")
+            )
     for key, value in theirs.items():
         if value is not None and value != model.args[key]:
             raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
-    if meta and any(meta["encoder"].get(key) != encoder[key] for key in ("sha256", "layers")):
+    if other_features:
         print(f"init: {source} was trained with another image encoder, or other layers of it")

@@ -625,8 +625,7 @@ def group_files(folder: Path, suffix: str) -> dict[str, list[Path]]:
 def find_weights(path: str | Path) -> Path:
     """The model.safetensors of a run (its latest checkpoint) or of a step folder.
 
-    Any other checkpoint's path is returned as it is. Raises InputError where the path cannot hold
-    a checkpoint.
+    Any other path is returned as it is. Raises InputError where it is a folder without a checkpoint.
     """
     path = Path(path)
     if (path / "latest").is_file():
@@ -640,8 +639,6 @@ def find_weights(path: str | Path) -> Path:
         folders = ["", "unet", "unet_ema"]
         if not any(weights_files(path / folder) for folder in folders):
             raise InputError(f"{path}: no checkpoint in this folder")
-    elif not path.exists() and not is_hub_name(path):
-        raise InputError(f"{path}: no such file or run")
     return path
 
 

@@ -908,7 +908,7 @@ def zero123(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_a_zero123_checkpoint(zero123, tmp_path):
-    """`sample.py --ckpt zero123.ckpt`: CLIP, VAE, EMA and pose projection come from the one file."""
+    """`sample.py --ckpt zero123.ckpt`: CLIP, VAE, EMA and pose projection are in the one file."""
     file, model, vae, encoder = zero123
     opened, opened_encoder, opened_vae, meta = pretrained.load_checkpoint(file)
     assert same(opened.state_dict(), model.state_dict())
