@@ -625,7 +625,7 @@ def group_files(folder: Path, suffix: str) -> dict[str, list[Path]]:
 def find_weights(path: str | Path) -> Path:
     """The model.safetensors of a run (its latest checkpoint) or of a step folder.
 
-    Any other path is returned as it is. Raises InputError where it is a folder without a checkpoint.
+    Any other path is returned as it is. Raises InputError for a folder without a checkpoint.
     """
     path = Path(path)
     if (path / "latest").is_file():
