@@ -1,86 +1,148 @@
-"""Score novel views on fixed pairs of held-out objects, beside baselines: MSE, PSNR, SSIM, LPIPS (section 4).
+"""Score novel views on fixed pairs of held-out objects, beside baselines (section 4.2).
 
-    python evaluate.py --ckpt out/demo --data out/demo/data --pairs 32 --steps 20 --lpips none --shuffled  # a CPU
-    python evaluate.py --ckpt runs/full --data DIR --split val                                              # one GPU
-    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/full runs/baseline --data DIR --protocol first --samples 3
+    # a CPU
+    python evaluate.py --ckpt out/demo --data out/demo/data --pairs 32 --steps 20 --lpips none
+    # one GPU
+    python evaluate.py --ckpt runs/full --data DIR --split val
+    # eight GPUs: the first view to the next 16, of 20 objects, three samples each
+    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/full runs/baseline --data DIR \
+        --protocol first --objects 20 --views 16 --samples 3
 
-A sample's noise depends on (--seed, object, target view, sample number) alone, not on batch or world size. OUT gets a
-line a row, in place of one of the same settings; OUT.pairs/ every pair's values, from which the same command goes on.
+The metrics are PSNR, SSIM, LPIPS and MSE. A row of the table is a model's samples, its samples with
+the camera moves shuffled among the pairs (--shuffled), or a baseline that needs no model.
+
+Writes one JSON line per row to OUT. A row with the same settings is replaced. OUT.pairs/ keeps the
+values of every pair, so the same command goes on where it was stopped. The settings say which
+weights, which files and which flags, and not which code: after a change of the code delete
+OUT.pairs/ to score again.
+
+A sample's noise depends only on --seed, the object, the target view and the sample's number. Batch
+size and number of processes do not change it.
 """
 
-import argparse
 import functools
 import hashlib
-import itertools
 import json
+import math
+import subprocess
+import warnings
 from pathlib import Path
 
-import lpips
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import pretrained
 import sample
-from lib import images as pictures
 from lib.archives import list_id
-from lib.checkpoints import tensor_hash
-from lib.cli import HelpFormatter, InputError, require_positive, run_script
-from lib.distributed import from_rank_0, set_up
+from lib.checkpoints import image_size, tensor_hash
+from lib.cli import (
+    ArgumentParser,
+    InputError,
+    fraction,
+    nonnegative_int,
+    positive_int,
+    run_script,
+)
+from lib.distributed import from_rank_0, gather_objects, join_ranks, open_device
 from lib.files import write_jsonl
-from lib.images import load_image, open_image
+from lib.formats import read_tensors
+from lib.images import labelled_grid, load_image, save_picture
 from lib.scores import open_table
+
+# ----------------------------------------------------------------------------------------- metrics
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared error of images (B,3,H,W) in [-1,1] -> (B,). The paper does not state its images' range."""
+    """Mean squared error of images (B,3,H,W) in [-1,1] -> (B,).
+
+    The paper does not state the range of its images.
+    """
     return (a.double() - b.double()).square().mean(dim=(1, 2, 3))
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1], taken on [0,1] -> (B,); 100 where equal."""
+    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1] -> (B,).
+
+    The images are brought to [0,1] first. Equal images have 100 dB.
+    """
     return -10 * (mse(a, b) / 4).clamp(min=1e-10).log10()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in [-1,1], taken on [0,1] -> (B,).
+    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in [-1,1] -> (B,).
 
-    Gaussian window of 11 pixels, sigma 1.5, biased variances: scikit-image's with use_sample_covariance=False.
+    The images are brought to [0,1] first. The window is a Gaussian of 11 pixels with sigma 1.5, the
+    variances are biased: scikit-image's `structural_similarity` with use_sample_covariance=False.
     """
-    a, b = (a.double() + 1) / 2, (b.double() + 1) / 2
-    g = torch.exp(-((torch.arange(11, device=a.device, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))
-    window = (g.outer(g) / g.sum() ** 2).expand(15, 1, 11, 11)
-    moments = torch.conv2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), window, groups=15)
-    ma, mb, aa, bb, ab = moments.chunk(5, dim=1)  # (B,3,H-10,W-10) each
-    luminance = (2 * ma * mb + 1e-4) / (ma**2 + mb**2 + 1e-4)
-    return (luminance * (2 * (ab - ma * mb) + 9e-4) / (aa - ma**2 + bb - mb**2 + 9e-4)).mean(
-        dim=(1, 2, 3)
+    a = (a.double() + 1) / 2
+    b = (b.double() + 1) / 2
+    offsets = torch.arange(11, device=a.device, dtype=a.dtype) - 5
+    gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = gaussian.outer(gaussian) / gaussian.sum() ** 2
+    moments = torch.conv2d(
+        torch.cat([a, b, a * a, b * b, a * b], dim=1),
+        window.expand(15, 1, 11, 11),
+        groups=15,
     )
+    mean_a, mean_b, mean_aa, mean_bb, mean_ab = moments.chunk(5, dim=1)  # (B,3,H-10,W-10) each
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    covariance = mean_ab - mean_a * mean_b
+    variances = mean_aa - mean_a**2 + mean_bb - mean_b**2
+    similarity = luminance * (2 * covariance + 9e-4) / (variances + 9e-4)
+    return similarity.mean(dim=(1, 2, 3))
 
 
-def open_lpips(net: str, backbone: str | None = None) -> lpips.LPIPS | None:
-    """LPIPS (Zhang et al. 2018) of images (B,3,H,W) in [-1,1] -> (B,1,1,1), its network's weights torchvision's, from a
-    file or downloaded; where that fails, None, and the reason printed. Raises InputError for a wrong file."""
+def open_lpips(net: str, backbone: str | None = None) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018): images (B,3,H,W) in [-1,1], twice -> (B,1,1,1).
+
+    net: alex, vgg or squeeze. backbone: a file of torchvision's weights of that network; without
+    one they are downloaded. Prints the reason and returns None where the download fails. Raises
+    InputError where the file is not such a network.
+    """
+    import lpips  # here: the package is needed for this metric only
+
     try:
-        model = lpips.LPIPS(net=net, pnet_rand=bool(backbone), verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips uses an old argument of torchvision's
+            model = lpips.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
     except (OSError, RuntimeError) as error:
-        return print(
-            f"no LPIPS: torchvision's {net} network can't be downloaded ({error}); give --lpips_backbone FILE"
+        print(
+            f"no LPIPS: torchvision's {net} network can't be downloaded ({error}); "
+            "give --lpips_backbone FILE"
         )
-    if backbone:
-        weights = pretrained.read_tensors(backbone)
-        try:  # torchvision's features.3.weight is slice2.3.weight in lpips
-            model.net.load_state_dict(
-                {k: weights[f"features.{k.split('.', 1)[1]}"] for k in model.net.state_dict()}
-            )
+        return None
+    if backbone is not None:
+        weights = read_tensors(backbone)
+        try:
+            # torchvision's features.3.weight is slice2.3.weight in lpips.
+            renamed = {
+                name: weights["features." + name.split(".", 1)[1]]
+                for name in model.net.state_dict()
+            }
+            model.net.load_state_dict(renamed)
         except (KeyError, RuntimeError):
             raise InputError(
                 f"--lpips_backbone {backbone}: not torchvision's {net} network"
             ) from None
     return model
+
+
+def open_metrics(args, device: torch.device, rank: int, world: int) -> dict:
+    """{name: a function of two batches of images}. All ranks have LPIPS, or none has it."""
+    network = None
+    if args.lpips != "none" and rank == 0:
+        network = open_lpips(args.lpips, args.lpips_backbone)
+    network = from_rank_0(network, world)
+    metrics = {"psnr": psnr, "ssim": ssim, "mse": mse}
+    if network is not None:
+        metrics["lpips"] = network.to(device)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------- pairs
 
 
 def fixed_pairs(
@@ -90,314 +152,537 @@ def fixed_pairs(
     protocol: str,
     count: int | None = None,
     trained_on: str | None = None,
+    objects: int | None = None,
+    views: int | None = None,
 ) -> list[dict]:
-    """Ordered pairs of views of the split's objects, always the same: key, object, view, and the paths to load.
-    "pairs": as in training, one an object, and for a higher `count` of more epochs; "first": an object's first view is
-    the input, all others are targets. Repeats and objects of one view are left out. Raises InputError if none stay.
-    Where `trained_on`, a checkpoint's `list_id`, is of another list, whose split is another, it says so."""
+    """Ordered pairs of views of the split's objects, the same at every call.
+
+    protocol "pairs": a random pair of each object, as in training (4.1); several with a higher
+    `views` or `count`. "first": the object's first view is the input, the others are targets.
+    count: at most so many pairs. objects: at most so many objects. views: so many targets of each
+    object. trained_on: a checkpoint's `list_id`; another list of objects is split otherwise, and a
+    warning says so.
+
+    Returns dicts with "key", "object" and "view" (numbers, for the noise), the paths "cond" and
+    "target" of the images and "move", the paths of their poses. Repeated pairs and objects of one
+    view are left out. Raises InputError if no pair is left.
+    """
     names = data.list_objects(root)
     if split != "all" and trained_on not in (None, list_id(names)):
         print(
-            f"WARNING: the model was trained on another list of objects: --split {split} may mean others, too"
+            "WARNING: the model was trained on another list of objects: "
+            f"--split {split} may mean others, too"
         )
-    chosen = {*data.split_objects(names, val_fraction, split)}
-
-    def views_of(name: str) -> list:
-        try:
-            return data.list_views(root, name)
-        except InputError as error:  # a folder that is listed and not there
-            return print(f"left out: {error}") or []
-
-    usable = (
-        (i, v) for i, name in enumerate(names) if name in chosen and len(v := views_of(name)) > 1
+    limits = [number for number in (count, objects) if number is not None]
+    views_of = usable_views(
+        root, names, data.split_objects(names, val_fraction, split), min(limits, default=len(names))
     )
-    views = dict(itertools.islice(usable, count))  # no more folders are read than it takes
-    if not views:
+    if not views_of:
         raise InputError(
             f"{root}: no object with two views in --split {split} at --val_fraction {val_fraction}"
         )
-    drawn = [(i, 0, j) for i, v in views.items() for j in range(1, len(v))]
     if protocol == "pairs":
-        epochs = range(-(-(count or 1) // len(views)))
-        drawn = [
-            (i, *data.draw_pair(0, epoch, i, len(v))) for epoch in epochs for i, v in views.items()
-        ]
+        epochs = views or math.ceil((count or 1) / len(views_of))
+        drawn = random_pairs(views_of, epochs)
+    else:
+        drawn = first_view_pairs(views_of, views)
     pairs = []
-    for i, c, t in dict.fromkeys(drawn[:count]):
-        (cond, cond_pose), (target, target_pose) = views[i][c], views[i][t]
-        pair = {
-            "key": f"{names[i]} {cond.stem} {target.stem}",
-            "object": i,
-            "view": int(target.stem),
-        }
-        pairs.append(pair | {"cond": cond, "target": target, "move": (cond_pose, target_pose)})
+    for index, cond_view, target_view in dict.fromkeys(drawn[:count]):  # without repeats
+        views_of_object = views_of[index]
+        pair = describe_pair(
+            names[index], index, views_of_object[cond_view], views_of_object[target_view]
+        )
+        pairs.append(pair)
     return pairs
 
 
+def describe_pair(name: str, index: int, cond_view: tuple, target_view: tuple) -> dict:
+    """A pair as `fixed_pairs` returns it. The views are paths (image, pose)."""
+    cond, cond_pose = cond_view
+    target, target_pose = target_view
+    return {
+        "key": f"{name} {cond.stem} {target.stem}",
+        "object": index,
+        "view": int(target.stem),
+        "cond": cond,
+        "target": target,
+        "move": (cond_pose, target_pose),
+    }
+
+
+def usable_views(root: str, names: list[str], chosen: list[str], limit: int) -> dict[int, list]:
+    """{index in names: `list_views`} of the first `limit` chosen objects with two views or more.
+
+    A listed folder that is not there is named and left out.
+    """
+    views_of: dict[int, list] = {}
+    chosen_names = set(chosen)
+    for index, name in enumerate(names):
+        if len(views_of) == limit:  # so that no more folders are read than needed
+            break
+        if name not in chosen_names:
+            continue
+        try:
+            views = data.list_views(root, name)
+        except InputError as error:
+            print(f"left out: {error}")
+            continue
+        if len(views) > 1:
+            views_of[index] = views
+    return views_of
+
+
+def random_pairs(views_of: dict[int, list], epochs: int) -> list[tuple[int, int, int]]:
+    """(object, condition view, target view): a pair of every object, in each epoch."""
+    drawn = []
+    for epoch in range(epochs):
+        for index, views in views_of.items():
+            cond_view, target_view = data.draw_pair(0, epoch, index, len(views))
+            drawn.append((index, cond_view, target_view))
+    return drawn
+
+
+def first_view_pairs(views_of: dict[int, list], targets: int | None) -> list[tuple[int, int, int]]:
+    """(object, 0, target view) for the next `targets` views of every object, or all."""
+    drawn = []
+    for index, views in views_of.items():
+        stop = len(views) if targets is None else min(len(views), 1 + targets)
+        for target_view in range(1, stop):
+            drawn.append((index, 0, target_view))
+    return drawn
+
+
 def shuffled(pairs: list[dict], seed: int) -> list[dict]:
-    """The pairs, each with another's camera move: a derangement, as the moves go once round a cycle through all."""
+    """The pairs in a random order, each with the camera move of the pair before it.
+
+    So no pair keeps its own move. Raises InputError where there is only one pair.
+    """
     if len(pairs) < 2:
         raise InputError("--shuffled: takes two pairs or more")
     order = np.random.default_rng(seed).permutation(len(pairs))
-    return [
-        pairs[i] | {"move": pairs[j]["move"]} for i, j in zip(order, np.roll(order, 1), strict=True)
-    ]
-
-
-def files_of(pair: dict) -> tuple[Path, ...]:
-    return pair["cond"], pair["target"], *pair["move"]
-
-
-@functools.cache  # pairs, and checkpoints, share files
-def readable(path: Path) -> bool:
-    """Whether an image or a pose can be read; else the reason is printed."""
-    try:
-        data.read_pose(path) if path.suffix == ".npy" else open_image(path)
-        return True
-    except InputError as error:
-        print(f"left out: {error}")
-        return False
+    moved = []
+    for own, other in zip(order, np.roll(order, 1), strict=True):
+        moved.append({**pairs[own], "move": pairs[other]["move"]})
+    return moved
 
 
 def load_pairs(pairs: list[dict], size: int) -> dict:
-    """{"pairs", "cond" and "target" (B,3,size,size), "pose" (B,4)}."""
-    images = {
-        key: torch.stack([load_image(pair[key], size)[0] for pair in pairs])
-        for key in ("cond", "target")
-    }
-    moves = [[torch.from_numpy(data.read_pose(path)) for path in pair["move"]] for pair in pairs]
-    return images | {
+    """{"pairs", "cond" and "target" (B,3,size,size) in [-1,1], "pose" (B,4)}.
+
+    Raises InputError naming a file that can't be read.
+    """
+    moves = []
+    for pair in pairs:
+        cond_pose, target_pose = (torch.from_numpy(data.read_pose(path)) for path in pair["move"])
+        moves.append(data.relative_pose(cond_pose, target_pose))
+    return {
         "pairs": pairs,
-        "pose": torch.stack([data.relative_pose(*move) for move in moves]),
+        "cond": torch.stack([load_image(pair["cond"], size)[0] for pair in pairs]),
+        "target": torch.stack([load_image(pair["target"], size)[0] for pair in pairs]),
+        "pose": torch.stack(moves),
     }
 
 
-def sample_pairs(batch: dict, model, encoder, codec, args):
-    """Yields the model's views (B,3,H,W) of a batch of pairs, --samples times; conditions are encoded once."""
-    condition = sample.condition_on(batch["cond"].to(args.device), encoder, codec)
-    condition["pose"] = batch["pose"].to(args.device)
-    for k in range(args.samples):
-        noise = [data.seeded(args.seed, pair["object"], pair["view"], k) for pair in batch["pairs"]]
-        latent = sample.ddim(model, [condition], noise, **sample.sampler_flags(args))
+# ------------------------------------------------------------------- what is scored: batch -> views
+
+
+def sample_pairs(batch: dict, model, encoder, codec, sampler: dict, seed: int, samples: int):
+    """Yields the model's views (B,3,H,W) of a batch of `load_pairs`, `samples` times.
+
+    sampler: keyword arguments of `sample.ddim`.
+    """
+    device = next(model.parameters()).device
+    condition = sample.condition_on(batch["cond"].to(device), encoder, codec)
+    condition["pose"] = batch["pose"].to(device)
+    for number in range(samples):
+        generators = [
+            data.seeded(seed, pair["object"], pair["view"], number) for pair in batch["pairs"]
+        ]
+        latent = sample.ddim(model, [condition], generators, **sampler)
         yield sample.decode(latent, codec)
 
 
-def baselines(root: str, val_fraction: float, size: int) -> dict:
-    """Rows without a model: name -> a function of the conditions (B,3,size,size) that gives views."""
-    rows = {"white": torch.ones_like, "condition copied": torch.clone}
-    try:
-        mean = load_pairs(fixed_pairs(root, val_fraction, "train", "pairs", 512), size)[
-            "target"
-        ].mean(0)
-        rows["training images' mean"] = mean.expand_as
-    except InputError as error:
-        print(f"no row of the training images' mean: {error}")
+def baselines(mean_image: Tensor | None) -> dict:
+    """Rows without a model: {name: a function of a batch that gives views (B,3,H,W), once}."""
+
+    def white(batch: dict) -> list[Tensor]:
+        return [torch.ones_like(batch["cond"])]
+
+    def condition(batch: dict) -> list[Tensor]:
+        return [batch["cond"]]
+
+    def mean(batch: dict) -> list[Tensor]:
+        return [mean_image.expand_as(batch["cond"])]
+
+    rows = {"white": white, "condition copied": condition}
+    if mean_image is not None:
+        rows["training images' mean"] = mean
     return rows
 
 
-def evaluate_row(settings: dict, pairs: list[dict], predict, metrics: dict, args) -> dict:
-    """{id: line of eval.jsonl}: the settings, each metric's mean over samples and pairs, and its _spread: the standard
-    deviation of a pair's samples, averaged over pairs."""
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder, done = Path(f"{args.out}.pairs"), {}
-    for text in (
-        text for path in folder.glob(f"{identity}.*") for text in path.read_text().splitlines()
-    ):
-        done |= json.loads(text) if text.endswith("}}") else {}  # else a crash tore it
-    mine = pairs[args.rank :: args.world]
-    todo = [pair for pair in mine if pair["key"] not in done]
-    load = functools.partial(load_pairs, size=settings["image_size"])
-    loader = torch.utils.data.DataLoader(
-        todo, args.batch_size, collate_fn=load, num_workers=args.workers
-    )
-    with open(folder / f"{identity}.{args.rank}", "a") as file:
-        for batch in tqdm(loader, desc=settings["row"], unit="batch", disable=args.rank > 0):
-            target, *views = (
-                image.to(args.device) for image in (batch["target"], *predict(batch))
-            )  # a view a sample
-            scores = {
-                key: [f(view, target).flatten().tolist() for view in views]
-                for key, f in metrics.items()
-            }
-            for i, pair in enumerate(batch["pairs"]):
-                done[pair["key"]] = {key: [each[i] for each in scores[key]] for key in metrics}
-                print("\n" + json.dumps({pair["key"]: done[pair["key"]]}), file=file, flush=True)
-    shares = [[done[pair["key"]] for pair in mine]] * args.world
-    if args.world > 1:
-        dist.all_gather_object(shares, shares[0])
-    line = settings | {"id": identity, "lpips": None, "lpips_spread": None}
-    for key in metrics:
-        values = torch.tensor(
-            [row[key] for share in shares for row in share], dtype=torch.float64
-        )  # (pairs, samples)
-        spread = values.std(1).mean().item() if values.shape[1] > 1 else None
-        line |= {key: values.mean().item(), f"{key}_spread": spread}
-    return {identity: line}
+def training_mean(root: str, val_fraction: float, size: int) -> Tensor | None:
+    """The mean (3,size,size) of 512 views of training objects; None where there are none."""
+    try:
+        pairs = fixed_pairs(root, val_fraction, "train", "pairs", 512)
+        return load_pairs(pairs, size)["target"].mean(dim=0)
+    except InputError as error:
+        print(f"no row of the training images' mean: {error}")
+        return None
 
 
-def evaluate_checkpoint(path: str, args, metrics: dict) -> dict:
-    """{id: line} of a checkpoint's rows and of the baselines' on its pairs; rank 0 writes --out and draws --grid."""
-    model, encoder, codec, meta = pretrained.load_checkpoint(
-        path, args.device, args.encoder_weights, args.vae
-    )
-    size, fraction = (
-        meta["image_size"],
-        meta["val_fraction"] if args.val_fraction is None else args.val_fraction,
-    )
-    if size < (32 if "lpips" in metrics else 11):
-        raise InputError(
-            f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 (--lpips none leaves it out), SSIM 11"
-        )
-    trained_on = meta.get("objects") if args.rank == 0 else None
-    pairs = fixed_pairs(args.data, fraction, args.split, args.protocol, args.pairs, trained_on)
-    if args.skip_bad:
-        sound = [pair for pair in pairs if args.rank == 0 and all(map(readable, files_of(pair)))]
-        if not (pairs := from_rank_0(sound, args.world)):
-            raise InputError(f"--data {args.data}: no pair of --split {args.split} can be read")
-    files = [path.stat() for pair in pairs for path in files_of(pair)]
-    digest = hashlib.sha256(
-        json.dumps([(file.st_size, file.st_mtime_ns) for file in files]).encode()
-    )
-    common = {
+# -------------------------------------------------------------------------------------------- rows
+
+
+def file_hash(pairs: list[dict]) -> str:
+    """Of the sizes and times of the pairs' files: what is rendered again is scored again."""
+    stats = []
+    for pair in pairs:
+        for path in (pair["cond"], pair["target"], *pair["move"]):
+            stat = path.stat()
+            stats.append((stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
+
+
+def git_commit() -> str | None:
+    """The commit of this code, and "-dirty" where files differ; None where git can't tell."""
+    root = Path(__file__).parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def shared_settings(args, val_fraction: float, size: int, pairs: list[dict], metrics: dict) -> dict:
+    """The settings that every row has: which pairs, and which metrics."""
+    has_lpips = "lpips" in metrics
+    return {
         "data": str(Path(args.data).absolute()),
         "split": args.split,
-        "val_fraction": fraction,
-    }
-    common["files"] = digest.hexdigest()[
-        :12
-    ]  # what is rendered anew is scored anew, and with other code
-    scripts = ("data", "evaluate", "model", "pretrained", "sample", "lib/images", "lib/autoencoder")
-    code = b"".join(Path(Path(__file__).parent, f"{script}.py").read_bytes() for script in scripts)
-    common["code"] = hashlib.sha256(code).hexdigest()[:12]
-    common |= {
+        "val_fraction": val_fraction,
+        "files": file_hash(pairs),
         "protocol": args.protocol,
+        "objects": len({pair["object"] for pair in pairs}),
         "pairs": len(pairs),
         "image_size": size,
         "torch": torch.__version__,
-    }
-    common |= {
-        "lpips_net": args.lpips if "lpips" in metrics else None,
+        "lpips_net": args.lpips if has_lpips else None,
+        "lpips_sha256": tensor_hash(metrics["lpips"].state_dict()) if has_lpips else None,
         "mse_range": [-1, 1],
         "ssim_window": 11,
     }
-    common["lpips_sha256"] = (
-        tensor_hash(metrics["lpips"].state_dict()) if "lpips" in metrics else None
-    )
-    own = (
-        common
-        | sample.sampler_flags(args)
-        | {"seed": args.seed, "samples": args.samples, "ema": True}
-    )
-    own |= {
+
+
+def model_settings(path: str, args, sampler: dict, model, meta: dict) -> dict:
+    """The settings that a model's rows have besides: which weights, and how they are sampled."""
+    return {
+        **sampler,
+        "seed": args.seed,
+        "samples": args.samples,
+        "ema": True,
         "checkpoint": path,
         "step": meta.get("step"),
         "seconds": meta.get("seconds"),
         "run_args": meta.get("args"),
+        "weights_sha256": tensor_hash(model.state_dict()),
+        "encoder_sha256": meta["encoder"]["sha256"],
+        "codec_sha256": meta["codec"]["sha256"],
     }
-    own |= {"weights_sha256": tensor_hash(model.state_dict())}
-    own |= {f"{part}_sha256": meta[part]["sha256"] for part in ("encoder", "codec")}
-    rows = baselines(args.data, fraction, size)  # here, lest an error come after hours of sampling
-    others = shuffled(pairs, args.seed) if args.shuffled else None
-    predict = functools.partial(sample_pairs, model=model, encoder=encoder, codec=codec, args=args)
-    lines = evaluate_row(own | {"row": "samples"}, pairs, predict, metrics, args)
+
+
+def read_pair_scores(folder: Path, identity: str) -> dict[str, dict]:
+    """{pair's key: {metric: [a value per sample]}} that earlier runs, of any rank, have written."""
+    scores: dict[str, dict] = {}
+    for path in folder.glob(f"{identity}.*"):
+        for text in path.read_text().splitlines():
+            if text.endswith("}}"):  # else a crash tore the line
+                scores.update(json.loads(text))
+    return scores
+
+
+@torch.no_grad()
+def score_batch(batch: dict, predict, metrics: dict, device: torch.device) -> dict[str, dict]:
+    """{pair's key: {metric: [a value per sample]}} of a batch of `load_pairs`."""
+    target = batch["target"].to(device)
+    scores: dict[str, dict] = {}
+    for pair in batch["pairs"]:
+        scores[pair["key"]] = {metric: [] for metric in metrics}
+    for views in predict(batch):  # one sample of each pair: (B,3,H,W)
+        for metric, function in metrics.items():
+            values = function(views.to(device), target).flatten().tolist()
+            for pair, value in zip(batch["pairs"], values, strict=True):
+                scores[pair["key"]][metric].append(value)
+    return scores
+
+
+def check_finite(settings: dict, scores: dict[str, dict]) -> None:
+    """Raises InputError naming row, metric and pair where a value is infinite or not a number."""
+    row = f'row "{settings["row"]}"'
+    if "checkpoint" in settings:
+        row += f" of {settings['checkpoint']}"
+    for key, values in scores.items():
+        for metric in values:
+            if not all(map(math.isfinite, values[metric])):
+                raise InputError(
+                    f'{row}: the {metric} of pair "{key}" is not a finite number; '
+                    "try --precision fp32, or look at the weights"
+                )
+
+
+def evaluate_row(
+    settings: dict,
+    pairs: list[dict],
+    predict,
+    metrics: dict,
+    args,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> dict:
+    """The row's line of OUT (`summary`). Each rank scores a share of the pairs.
+
+    predict: a function of a batch of `load_pairs` that gives views (B,3,H,W), once per sample.
+    Pairs whose values are in OUT.pairs/ are not scored again.
+    """
+    text = json.dumps(settings, sort_keys=True)
+    identity = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = Path(f"{args.out}.pairs")
+    scores = read_pair_scores(folder, identity)
+    mine = pairs[rank::world]
+    loader = torch.utils.data.DataLoader(
+        [pair for pair in mine if pair["key"] not in scores],
+        args.batch_size,
+        collate_fn=functools.partial(load_pairs, size=settings["image_size"]),
+        num_workers=args.workers,
+    )
+    with open(folder / f"{identity}.{rank}", "a") as file:
+        for batch in tqdm(loader, desc=settings["row"], unit="batch", disable=rank > 0):
+            batch_scores = score_batch(batch, predict, metrics, device)
+            check_finite(settings, batch_scores)
+            for key, values in batch_scores.items():
+                # The line break in front ends a line that a crash may have torn.
+                file.write("\n" + json.dumps({key: values}) + "\n")
+                file.flush()
+            scores.update(batch_scores)
+    for share in gather_objects({pair["key"]: scores[pair["key"]] for pair in mine}, world):
+        scores.update(share)
+    return summary(settings, identity, [scores[pair["key"]] for pair in pairs], metrics)
+
+
+def summary(settings: dict, identity: str, scores: list[dict], metrics: dict) -> dict:
+    """A row's line: its settings and, for each metric, mean and spread.
+
+    scores: {metric: [a value per sample]} of each pair. The mean is over samples and pairs. The
+    spread is the standard deviation of a pair's samples, averaged over pairs.
+    """
+    line = {
+        **settings,
+        "id": identity,
+        "commit": git_commit(),
+        "lpips": None,
+        "lpips_spread": None,
+    }
+    for metric in metrics:
+        values = torch.tensor([pair[metric] for pair in scores], dtype=torch.float64)
+        pair_count, sample_count = values.shape
+        line[metric] = values.mean().item()
+        line[f"{metric}_spread"] = values.std(dim=1).mean().item() if sample_count > 1 else None
+    return line
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def check_checkpoints(args) -> None:
+    """Raises InputError where a --ckpt is missing or makes images too small for the metrics.
+
+    It reads no weights, so the error comes before downloads and hours of sampling.
+    """
+    smallest = 11 if args.lpips == "none" else 32
+    for path in args.ckpt:
+        size = image_size(path)
+        if size < smallest:
+            raise InputError(
+                f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 "
+                "(--lpips none leaves it out), SSIM 11"
+            )
+
+
+def choose_pairs(path: str, args, meta: dict, val_fraction: float) -> list[dict]:
+    """The pairs that a checkpoint is scored on, with a warning where it may have seen them."""
+    foreign = "args" not in meta  # a Zero-1-to-3 checkpoint, which does not say what it saw
+    if foreign and args.split == "val" and not Path(args.data, "valid_paths.json").exists():
+        print(
+            f"WARNING: {args.data} has no valid_paths.json, so --split val is not Zero-1-to-3's: "
+            f"--ckpt {path} may have been trained on these objects"
+        )
+    return fixed_pairs(
+        args.data,
+        val_fraction,
+        args.split,
+        args.protocol,
+        count=args.pairs,
+        trained_on=meta.get("objects"),
+        objects=args.objects,
+        views=args.views,
+    )
+
+
+def evaluate_checkpoint(
+    path: str,
+    args,
+    metrics: dict,
+    device: torch.device,
+    precision: str,
+    rank: int,
+    world: int,
+) -> list[dict]:
+    """The lines of a checkpoint's rows and of the baselines on its pairs. Rank 0 writes them."""
+    model, encoder, codec, meta = pretrained.load_checkpoint(
+        path, device, args.encoder_weights, args.vae
+    )
+    size = meta["image_size"]
+    val_fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
+    pairs = None
+    mean_image = None
+    if rank == 0:
+        pairs = choose_pairs(path, args, meta, val_fraction)
+        mean_image = training_mean(args.data, val_fraction, size)
+    pairs = from_rank_0(pairs, world)
+    mean_image = from_rank_0(mean_image, world)
+
+    sampler = {**sample.sampler_flags(args), "precision": precision}
+    predict = functools.partial(
+        sample_pairs,
+        model=model,
+        encoder=encoder,
+        codec=codec,
+        sampler=sampler,
+        seed=args.seed,
+        samples=args.samples,
+    )
+    shared = shared_settings(args, val_fraction, size, pairs, metrics)
+    own = {**shared, **model_settings(path, args, sampler, model, meta)}
+    rows = [({**own, "row": "samples"}, pairs, predict)]
     if args.shuffled:
-        lines |= evaluate_row(own | {"row": "poses shuffled"}, others, predict, metrics, args)
-    for row, view in rows.items():
-        lines |= evaluate_row(
-            common | {"row": row}, pairs, lambda batch, f=view: [f(batch["cond"])], metrics, args
-        )
-    if args.rank == 0:
-        write_jsonl(Path(args.out), (open_table(Path(args.out)) | lines).values())
-    if args.grid and args.rank == 0:
-        batch = load_pairs(pairs[:: max(1, len(pairs) // 8)][:8], size)
-        images = [*zip(batch["cond"], batch["target"], next(predict(batch)), strict=True)]
-        grid = pictures.labelled_grid(
-            images, ["condition", "target", "sample"], scale=max(1, 128 // size)
-        )
-        pictures.save_picture(Path(args.grid), grid)
+        rows.append(({**own, "row": "poses shuffled"}, shuffled(pairs, args.seed), predict))
+    for row, baseline in baselines(mean_image).items():
+        rows.append(({**shared, "row": row}, pairs, baseline))
+
+    lines = []
+    for settings, row_pairs, row_predict in rows:
+        line = evaluate_row(settings, row_pairs, row_predict, metrics, args, device, rank, world)
+        lines.append(line)
+    if rank == 0:
+        write_lines(Path(args.out), lines)
+        if args.grid:
+            draw_grid(Path(args.grid), pairs, predict, size)
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
-    )
+def write_lines(out: Path, lines: list[dict]) -> None:
+    """Add the lines to OUT, in place of those with the same settings."""
+    table = open_table(out)
+    for line in lines:
+        table[line["id"]] = line
+    write_jsonl(out, table.values())
+
+
+def draw_grid(path: Path, pairs: list[dict], predict, size: int) -> None:
+    """Write a picture of eight pairs: condition, target, sample."""
+    spacing = max(1, len(pairs) // 8)
+    batch = load_pairs(pairs[::spacing][:8], size)
+    views = next(predict(batch))
+    rows = list(zip(batch["cond"], batch["target"], views, strict=True))
+    labels = ["condition", "target", "sample"]
+    save_picture(path, labelled_grid(rows, labels, scale=max(1, 128 // size)))
+
+
+def print_table(lines: list[dict]) -> None:
+    print(f"{'PSNR':>33} {'SSIM':>8} {'LPIPS':>8} {'MSE':>8}  pairs")
+    for line in lines:
+        cells = []
+        for metric in ("psnr", "ssim", "lpips", "mse"):
+            cells.append("       -" if line[metric] is None else f"{line[metric]:8.4g}")
+        checkpoint = line.get("checkpoint", "")
+        print(f"{line['row']:24} {' '.join(cells)} {line['pairs']:6}  {checkpoint}")
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("model")
     sample.add_checkpoint_flags(group, nargs="+")
+
     group = parser.add_argument_group("pairs")
-    group.add_argument("--data", required=True, help="renders in Zero-1-to-3's layout")
-    group.add_argument(
-        "--split", choices=["val", "train", "all"], default="val", help="which objects to score"
+    add = group.add_argument
+    add("--data", required=True, help="renders in Zero-1-to-3's layout")
+    add("--split", choices=["val", "train", "all"], default="val", help="which objects to score")
+    add(
+        "--val_fraction",
+        type=fraction,
+        help="share of objects held out; default: the checkpoint's",
     )
-    group.add_argument(
-        "--val_fraction", type=float, help="share of objects held out; default: the checkpoint's"
-    )
-    group.add_argument(
+    add(
         "--protocol",
         choices=["pairs", "first"],
         default="pairs",
-        help="random, or view 0 to the rest",
+        help="random pairs of views, or an object's first view to its others",
     )
-    group.add_argument(
-        "--pairs",
-        type=int,
-        help="at most so many; default: one an object, or all of --protocol first",
+    add("--pairs", type=positive_int, help="at most so many; default: as many as --views gives")
+    add("--objects", type=positive_int, help="at most so many, in the split's order; default: all")
+    add(
+        "--views",
+        type=positive_int,
+        help="targets per object; default: 1 random pair, or all views after the first",
     )
-    group.add_argument(
-        "--skip_bad", action="store_true", help="leave out pairs that can't be read, and name them"
-    )
-    group.add_argument(
-        "--shuffled", action="store_true", help="also give the model other pairs' camera moves"
-    )
+    add("--shuffled", action="store_true", help="also give the model other pairs' camera moves")
+
     group = parser.add_argument_group("sampler (the paper names none of its settings)")
     sample.add_sampler_flags(group)
-    group.add_argument("--samples", type=int, default=1, help="samples a pair")
-    group.add_argument("--batch_size", type=int, default=16, help="pairs at a time, a process")
-    group.add_argument(
-        "--workers", type=int, default=4, help="processes that decode images, a rank"
+    add = group.add_argument
+    add("--samples", type=positive_int, default=1, help="samples per pair")
+    add("--batch_size", type=positive_int, default=16, help="pairs at a time, per process")
+    add(
+        "--workers",
+        type=nonnegative_int,
+        default=4,
+        help="processes that decode images, per rank",
     )
+
     group = parser.add_argument_group(
         "output (the paper names neither LPIPS's network nor MSE's range, [-1,1] here)"
     )
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--lpips",
         choices=["alex", "vgg", "squeeze", "none"],
         default="alex",
         help="LPIPS's network",
     )
-    group.add_argument(
-        "--lpips_backbone", help="file of that network's torchvision weights; default: a download"
+    add("--lpips_backbone", help="file of that network's torchvision weights; default: a download")
+    add("--out", default="eval.jsonl", help="file that gets a line per row of the table")
+    add(
+        "--grid", help="picture to write, eight pairs of the last --ckpt: condition, target, sample"
     )
-    group.add_argument(
-        "--out", default="eval.jsonl", help="file that gets a line a row of the table"
-    )
-    group.add_argument(
-        "--grid",
-        help="picture to write: condition, target, sample of eight pairs; of the last --ckpt",
-    )
-    args = parser.parse_args()
-    sample.check_sampler_flags(args)
-    require_positive(args, "samples", *(["pairs"] if args.pairs is not None else []))
-    args.device, args.rank, args.world = set_up(args)
-    lines: dict[str, dict] = {}
-    open_table(Path(args.out))
-    network = (
-        open_lpips(args.lpips, args.lpips_backbone)
-        if args.rank == 0 and args.lpips != "none"
-        else None
-    )
-    network = from_rank_0(network, args.world)  # everywhere, or nowhere
-    metrics = {"psnr": psnr, "ssim": ssim, "mse": mse} | (
-        {"lpips": network.to(args.device)} if network else {}
-    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device, precision = open_device(args.device, args.precision)
+    rank, world = join_ranks()
+    open_table(Path(args.out))  # to fail now and not after sampling, where it can't be written
+    check_checkpoints(args)
+    metrics = open_metrics(args, device, rank, world)
+    lines: dict[str, dict] = {}  # by "id": checkpoints share baselines
     for path in args.ckpt:
-        lines |= evaluate_checkpoint(path, args, metrics)
-    if args.rank == 0:
-        print(f"{'PSNR':>33} {'SSIM':>8} {'LPIPS':>8} {'MSE':>8}  pairs")
-        for line in lines.values():
-            scores = (line[key] for key in ("psnr", "ssim", "lpips", "mse"))
-            cells = " ".join("       -" if score is None else f"{score:8.4g}" for score in scores)
-            print(f"{line['row']:24} {cells} {line['pairs']:6}  {line.get('checkpoint', '')}")
+        checkpoint_lines = evaluate_checkpoint(path, args, metrics, device, precision, rank, world)
+        lines.update({line["id"]: line for line in checkpoint_lines})
+    if rank == 0:
+        print_table(list(lines.values()))
 
 
 if __name__ == "__main__":
