@@ -1,15 +1,22 @@
 """Draw the paper's figures from what the other scripts wrote.
 
-Each command writes OUT.png and OUT.pdf; figure 3 is a diagram in the README:
-    python visualize.py trajectory --x0 out/samples/cat/x0.npz                        # figure 1 (sample.py --save_x0 8)
-    python visualize.py timesteps                                                     # figure 2
-    python visualize.py pca --archive out/archive --objects 00001 00003               # figures 5 and 9; matching: 4
-    python visualize.py sweep --eval out/eval.jsonl --metric lpips                    # figure 6
-    python visualize.py curves base=runs/a0,runs/a1 ours=runs/b0,runs/b1 --metric val_loss_ema    # figure 7
-    python visualize.py wild out/samples/cat out/samples/dog                          # figure 8 (--azimuth 90)
+    # figure 1, from sample.py --save_x0 8
+    python visualize.py trajectory --x0 out/samples/cat/x0.npz
+    # figure 2
+    python visualize.py timesteps
+    # figure 4; then figures 5 and 9
+    python visualize.py matching --archive out/archive --objects 00001 00003
+    python visualize.py pca --archive out/archive --objects 00001 00003
+    # figure 6
+    python visualize.py sweep --eval out/eval.jsonl --metric lpips
+    # figure 7
+    python visualize.py curves base=runs/a0,runs/a1 ours=runs/b0,runs/b1 --metric val_loss_ema
+    # figure 8, from sample.py --azimuth 90
+    python visualize.py wild out/samples/cat out/samples/dog
+
+Each command writes OUT.png and OUT.pdf. Figure 3 is a diagram in the README.
 """
 
-import argparse
 import textwrap
 from pathlib import Path
 
@@ -21,16 +28,15 @@ from torch import Tensor
 
 import data
 import pretrained
-from data import seeded
-from lib.cli import HelpFormatter, InputError, run_script
+from lib.cli import ArgumentParser, InputError, one_line, run_script
 from lib.files import write_atomically
 from lib.images import open_image, to_pil
 from lib.scores import (
     ALIKE,
     LABELS,
-    SWEPT,
-    WHERE,
-    check_alike,
+    add_where_flag,
+    check_same_training,
+    last_of_each_run,
     mean_and_spread,
     read_curves,
     read_scores,
@@ -38,107 +44,153 @@ from lib.scores import (
 from model import TIMESTEPS, sample_timesteps, timestep_density
 
 CYCLE = matplotlib.cycler(
-    color=list("kbrgm"), marker=list("os^Dv"), linestyle=["-", "--", "-.", ":", (0, (8, 2))]
+    color=["k", "b", "r", "g", "m"],
+    marker=["o", "s", "^", "D", "v"],
+    linestyle=["-", "--", "-.", ":", (0, (8, 2))],
 )
 matplotlib.rcParams.update(
-    {"axes.prop_cycle": CYCLE, "figure.constrained_layout.use": True, "font.size": 8}
+    {
+        "axes.prop_cycle": CYCLE,
+        "figure.constrained_layout.use": True,
+        "font.size": 8,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 3.5,
+    }
 )
-matplotlib.rc("lines", linewidth=1.2, markersize=3.5)
+
+# ------------------------------------------------------------------------------------------ shared
 
 
 def save(figure: Figure, out: str) -> list[Path]:
-    """Writes OUT.png and OUT.pdf. Raises InputError where it can't."""
-    files = [Path(f"{out}.png"), Path(f"{out}.pdf")]
-    for path in files:
-        write_atomically(
-            path,
-            lambda temporary, form=path.suffix[1:]: figure.savefig(temporary, format=form, dpi=150),
-        )
-    return files
+    """Write OUT.png and OUT.pdf. Raises InputError where they can't be written."""
+    written = []
+    for form in ("png", "pdf"):
+        path = Path(f"{out}.{form}")
+
+        def write(temporary: Path, form: str = form) -> None:
+            figure.savefig(temporary, format=form, dpi=150)
+
+        write_atomically(path, write)
+        written.append(path)
+    return written
 
 
 def picture_grid(rows: list[list[np.ndarray]], columns: list[str], names: list[str]) -> Figure:
-    """Rows of pictures (H,W,3) uint8 behind their names, under the columns' titles; a row may be short."""
+    """Rows of pictures (H,W,3) uint8 under the columns' titles, with a name before each row.
+
+    A row may be short.
+    """
     figure = Figure(figsize=(1.2 * len(columns) + 0.4, 1.2 * len(rows) + 0.3))
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            ax = figure.add_subplot(
-                len(rows), len(columns), i * len(columns) + j + 1, xticks=[], yticks=[]
-            )
-            ax.set(title="" if i else columns[j], ylabel="" if j else textwrap.fill(names[i], 20))
+            place = i * len(columns) + j + 1
+            ax = figure.add_subplot(len(rows), len(columns), place, xticks=[], yticks=[])
             ax.imshow(picture, interpolation="nearest")
+            if i == 0:
+                ax.set_title(columns[j])
+            if j == 0:
+                ax.set_ylabel(textwrap.fill(names[i], 20))
     return figure
 
 
 def condense(tokens: Tensor, fitted_on: Tensor) -> Tensor:
     """Tokens (N,K) -> (N,3), by the first principal components of `fitted_on` (M,K), M > 3."""
-    mean = fitted_on.mean(0)
-    basis = torch.linalg.svd(fitted_on - mean, full_matrices=False)[2][:3].T  # (K, 3)
-    # a component's largest loading is made positive, so that separate fits of like views mostly agree in sign
-    return (tokens - mean) @ (basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign())
+    mean = fitted_on.mean(dim=0)
+    _, _, components = torch.linalg.svd(fitted_on - mean, full_matrices=False)
+    basis = components[:3].T  # (K,3)
+    # An SVD leaves the signs open. The largest loading of a component is made positive, so that
+    # separate fits of similar views mostly agree.
+    largest = basis.abs().argmax(dim=0, keepdim=True)
+    basis = basis * basis.gather(0, largest).sign()
+    return (tokens - mean) @ basis
 
 
 def patch_colours(patch: Tensor, cover: Tensor) -> np.ndarray:
-    """Figure 5: features (T,K) of a view -> RGB (g,g,3) uint8, T = g²: three components of the PCA of its foreground,
-    cover (T,) bool, stretched to 0-255 each; white elsewhere."""
-    points, colours = (
-        condense(patch[cover], patch[cover]),
-        torch.full((len(patch), 3), 255, dtype=torch.uint8),
-    )
-    low, high = points.amin(0), points.amax(0)
-    colours[cover] = (255 * (points - low) / (high - low).clamp(min=1e-12)).round().byte()
-    return colours.unflatten(0, (round(len(patch) ** 0.5), -1)).numpy()
+    """Figure 5: a view's features (T,K) -> RGB (g,g,3) uint8, where T = g * g.
+
+    cover: (T,) bool, the foreground. Its PCA gives three components, each stretched to 0 to 255.
+    The background is white.
+    """
+    points = condense(patch[cover], patch[cover])
+    low = points.amin(dim=0)
+    high = points.amax(dim=0)
+    stretched = (points - low) / (high - low).clamp(min=1e-12)
+    colours = torch.full((len(patch), 3), 255, dtype=torch.uint8)
+    colours[cover] = (255 * stretched).round().byte()
+    side = round(len(patch) ** 0.5)
+    return colours.unflatten(0, (side, side)).numpy()
 
 
 def match_patches(a: Tensor, b: Tensor, separate: bool = False) -> Tensor:
-    """A.2: for each patch of a (N,K) the nearest of b (M,K), in three principal components: indices (N,)."""
-    # Deviation: one PCA is fitted on both views, as bases fitted separately, the paper's way, don't compare.
-    a, b = (condense(x, x if separate else torch.cat([a, b])) for x in (a, b))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    """A.2: for each patch of a (N,K) the nearest of b (M,K), in three components -> indices (N,).
+
+    Deviation: one PCA is fitted on both views. The paper fits one per view (`separate`), but then
+    the two bases, and with them the distances, do not compare.
+    """
+    both = torch.cat([a, b])
+    points_a = condense(a, a if separate else both)
+    points_b = condense(b, b if separate else both)
+    distances = torch.cdist(
+        points_a, points_b, compute_mode="donot_use_mm_for_euclid_dist"
+    )  # exact, so that equal patches are at distance 0
+    return distances.argmin(dim=1)
+
+
+def foreground_views(archive: data.Archive, index: int) -> list[dict]:
+    """The object's views with four foreground patches or more: tensors and "cover"."""
+    views = []
+    view_count = archive.rows[index][2]
+    for number in range(view_count):
+        view = archive.view(index, number, ("patch", "alpha", "pose", "latent_mean"))
+        view["cover"] = view["alpha"] > 127  # (T,) bool: at least half of the patch
+        if view["cover"].sum() > 3:
+            views.append(view)
+    return views
+
+
+def nearest_to_45_degrees(views: list[dict]) -> tuple[int, int, float]:
+    """(i, j, degrees): the two views whose directions are apart by as near to 45 degrees as any."""
+    centres = data.camera_centre(torch.stack([view["pose"] for view in views]))
+    cosines = torch.cosine_similarity(centres[:, None], centres, dim=-1)
+    angles = cosines.clamp(-1, 1).acos().rad2deg()  # (views, views)
+    misfit = (angles - 45).abs().fill_diagonal_(torch.inf)
+    i, j = divmod(int(misfit.argmin()), len(views))
+    return i, j, float(angles[i, j])
 
 
 def archived_pairs(args) -> list[tuple[str, list[dict]]]:
-    """(title, two views) of each object, seen from directions as near to 45 degrees apart as there are. A view has its
-    decoded "picture" (H,W,3) uint8, "patch" (T,K) of the deepest layer, "cover" (T,) bool. Raises InputError."""
-    archive, pairs = data.Archive(args.archive, "all"), []
-    encoder, codec = (
-        archive.manifest["encoder"],
-        pretrained.open_codec(archive.manifest["codec"], args.vae),
-    )
+    """(title, two views) of each object of --objects, or of the first four that can be drawn.
+
+    A view has its decoded "picture" (H,W,3) uint8, "patch" (T,K) of the deepest layer in float64,
+    and "cover" (T,) bool. Raises InputError naming the flag.
+    """
+    archive = data.Archive(args.archive, "all")
+    encoder = archive.manifest["encoder"]
+    codec = pretrained.open_codec(archive.manifest["codec"], args.vae)
     if not encoder["feature_dim"]:
         raise InputError(
             f"--archive {args.archive}: holds no patch features (its --layers were empty)"
         )
-    layers = (
-        1 if encoder["pca"] else len(encoder["layers"])
-    )  # the archive's PCA mixes its layers for good
-    indices, keys = (
-        {name: i for i, name in enumerate(archive.names)},
-        ("patch", "alpha", "pose", "latent_mean"),
-    )
+    # The archive's PCA has mixed the layers for good.
+    layers = 1 if encoder["pca"] else len(encoder["layers"])
+    index_of = {name: index for index, name in enumerate(archive.names)}
+    pairs = []
     for name in args.objects or archive.names:
-        count = archive.rows[indices[name]][2] if name in indices else 0
-        views = [archive.view(indices[name], i, keys) for i in range(count)]
-        views = [
-            view | {"cover": view["alpha"] > 127}
-            for view in views
-            if (view["alpha"] > 127).sum() > 3
-        ]
+        views = foreground_views(archive, index_of[name]) if name in index_of else []
         if len(views) < 2:
             if args.objects:
                 raise InputError(
-                    f"--objects {name}: no two views of it in {args.archive} with four foreground patches"
+                    f"--objects {name}: no two views of it in {args.archive} "
+                    "with four foreground patches"
                 )
             continue
-        centres = data.camera_centre(torch.stack([view["pose"] for view in views]))
-        angles = (
-            torch.cosine_similarity(centres[:, None], centres, dim=-1).clamp(-1, 1).acos().rad2deg()
-        )
-        i, j = divmod(int((angles - 45).abs().fill_diagonal_(torch.inf).argmin()), len(views))
-        for view in (views[i], views[j]):
-            view["picture"] = np.asarray(to_pil(codec.decode(view["latent_mean"][None].float())[0]))
+        i, j, degrees = nearest_to_45_degrees(views)
+        pair = [views[i], views[j]]
+        for view in pair:
+            image = codec.decode(view["latent_mean"][None].float())[0]
+            view["picture"] = np.asarray(to_pil(image))
             view["patch"] = view["patch"].double().chunk(layers, dim=1)[-1]
-        pairs.append((f"{name}, {angles[i, j]:.0f}° apart", [views[i], views[j]]))
+        pairs.append((f"{name}, {degrees:.0f}° apart", pair))
         if len(pairs) == 4 and not args.objects:
             break
     if not pairs:
@@ -148,203 +200,248 @@ def archived_pairs(args) -> list[tuple[str, list[dict]]]:
     return pairs
 
 
+# ----------------------------------------------------------------------------------------- figures
+
+
 def trajectory(args) -> Figure:
-    """figure 1: the predicted x0 along DDIM's steps, noisiest first, a row a view"""
+    """Figure 1: the predicted x0 along DDIM's steps, noisiest first, a row per view."""
     try:
-        x0, t = (
-            np.load(args.x0)["x0"].transpose(1, 0, 2, 3, 4),
-            np.load(args.x0)["t"],
-        )  # (views, N, H, W, 3), (N,)
-        return picture_grid(
-            x0, [f"t = {step}" for step in t], [f"view {i}" for i in range(len(x0))]
-        )
+        with np.load(args.x0) as file:
+            x0 = file["x0"]  # (N,views,H,W,3) uint8
+            steps = file["t"]  # (N,)
+        pictures = x0.transpose(1, 0, 2, 3, 4)
+        names = [f"view {i}" for i in range(len(pictures))]
+        return picture_grid(pictures, [f"t = {step}" for step in steps], names)
     except Exception as error:  # np.load raises nearly anything
         raise InputError(
-            f"--x0 {args.x0}: not from sample.py --save_x0 ({' '.join(str(error).split())})"
+            f"--x0 {args.x0}: not from sample.py --save_x0 ({one_line(error)})"
         ) from None
 
 
 def timesteps(args) -> Figure:
-    """figure 2: the density of training's timesteps for several means and stds; marks: what the sampler draws"""
-    means, stds = (
-        [(mean, 200) for mean in (1000, 700, 500, 300, 0)],
-        [(1000, std) for std in (100, 200, 300, 400, 500)],
-    )
-    u = torch.rand(200_000, generator=seeded(0), dtype=torch.float64)
-    axes = Figure(figsize=(7, 2.7)).subplots(1, 2, sharey=True, subplot_kw={"xlabel": "timestep t"})
+    """Figure 2: the density of training's timesteps for several means and standard deviations.
+
+    Lines are the density, marks what training's sampler draws.
+    """
+    means = [(1000, 200), (700, 200), (500, 200), (300, 200), (0, 200)]
+    stds = [(1000, 100), (1000, 200), (1000, 300), (1000, 400), (1000, 500)]
+    uniform = torch.rand(200_000, generator=data.seeded(0), dtype=torch.float64)
+    figure = Figure(figsize=(7, 2.7))
+    axes = figure.subplots(1, 2, sharey=True, subplot_kw={"xlabel": "timestep t"})
     for ax, settings in zip(axes, (means, stds), strict=True):
         for (mean, std), style in zip(settings, CYCLE, strict=True):
             ax.plot(
                 timestep_density("gaussian", mean, std),
-                **style | {"marker": ""},
+                color=style["color"],
+                linestyle=style["linestyle"],
+                marker="",
                 label=f"mean {mean}, std {std}",
             )
-            drawn, edges = np.histogram(
-                sample_timesteps(u, "gaussian", mean, std), 20, (0, TIMESTEPS), density=True
-            )
-            ax.plot((edges[1:] + edges[:-1]) / 2, drawn, **style | {"linestyle": ""})
+            drawn = sample_timesteps(uniform, "gaussian", mean, std)
+            density, edges = np.histogram(drawn, 20, (0, TIMESTEPS), density=True)
+            centres = (edges[1:] + edges[:-1]) / 2
+            ax.plot(centres, density, color=style["color"], marker=style["marker"], linestyle="")
         ax.legend()
     axes[0].set(ylabel="probability of t (marks: as drawn)", ylim=(0, None))
-    return axes[0].figure
-
-
-def pca(args) -> Figure:
-    """figures 5, 9: patch features of two views as colours, by a PCA of each view's foreground"""
-    names, pairs = zip(*archived_pairs(args), strict=True)
-    rows = [
-        [v["picture"] for v in pair] + [patch_colours(v["patch"], v["cover"]) for v in pair]
-        for pair in pairs
-    ]
-    return picture_grid(rows, ["view 1", "view 2", "features 1", "features 2"], names)
+    return figure
 
 
 def matching(args) -> Figure:
-    """figure 4: patches of a view joined to their nearest in feature space in another (A.2), foreground only"""
+    """Figure 4: patches of a view joined to their nearest in feature space in another (A.2).
+
+    Only patches of the foreground, a dozen of them, evenly over the first view.
+    """
     pairs = archived_pairs(args)
-    axes = Figure(figsize=(3.4, 1.9 * len(pairs))).subplots(len(pairs), squeeze=False)[:, 0]
-    for ax, (name, views) in zip(axes, pairs, strict=True):
-        ax.imshow(
-            np.hstack([view["picture"] for view in views]),
-            extent=(0, 2, 1, 0),
-            interpolation="nearest",
+    figure = Figure(figsize=(3.4, 1.9 * len(pairs)))
+    axes = figure.subplots(len(pairs), squeeze=False)[:, 0]
+    for ax, (name, (view_a, view_b)) in zip(axes, pairs, strict=True):
+        side_by_side = np.hstack([view_a["picture"], view_b["picture"]])
+        ax.imshow(side_by_side, extent=(0, 2, 1, 0), interpolation="nearest")
+        patches_a = view_a["cover"].nonzero()[:, 0]  # foreground patches in reading order
+        patches_b = view_b["cover"].nonzero()[:, 0]
+        nearest = match_patches(
+            view_a["patch"][view_a["cover"]], view_b["patch"][view_b["cover"]], args.separate
         )
-        source, target = (
-            view["cover"].nonzero()[:, 0] for view in views
-        )  # foreground patches in reading order
-        found = match_patches(*(view["patch"][view["cover"]] for view in views), args.separate)
-        some = np.unique(
-            np.linspace(0, len(source) - 1, 12).astype(int)
-        )  # a dozen, evenly over the first view
-        ends, grid = (
-            np.stack([source, target[found]])[:, some],
-            len(views[0]["cover"]) ** 0.5,
-        )  # (2, lines)
-        ax.plot(
-            (ends % grid + 0.5) / grid + [[0], [1]],
-            (ends // grid + 0.5) / grid,
-            "o-",
-            markeredgecolor="w",
-        )
+        dozen = np.unique(np.linspace(0, len(patches_a) - 1, 12).astype(int))
+        ends = np.stack([patches_a, patches_b[nearest]])[:, dozen]  # (2, lines)
+        grid = len(view_a["cover"]) ** 0.5
+        x = (ends % grid + 0.5) / grid + [[0], [1]]  # the second view is one picture to the right
+        y = (ends // grid + 0.5) / grid
+        ax.plot(x, y, "o-", markeredgecolor="w")
         ax.set(title=name, xticks=[], yticks=[])
-    return axes[0].figure
+    return figure
+
+
+def pca(args) -> Figure:
+    """Figures 5 and 9: patch features of two views as colours, by a PCA of each foreground."""
+    names = []
+    rows = []
+    for name, (view_a, view_b) in archived_pairs(args):
+        names.append(name)
+        row = [
+            view_a["picture"],
+            view_b["picture"],
+            patch_colours(view_a["patch"], view_a["cover"]),
+            patch_colours(view_b["patch"], view_b["cover"]),
+        ]
+        rows.append(row)
+    return picture_grid(rows, ["view 1", "view 2", "features 1", "features 2"], names)
 
 
 def sweep(args) -> Figure:
-    """figure 6: a score by the mean and the std of training's timesteps; mean and standard deviation over runs"""
-    lines = [
-        line for line in read_scores(args, ALIKE + SWEPT) if line["train.t_sampling"] == "gaussian"
-    ]
-    lines = [line for line in lines if line["train.t_std"] == 200 or line["train.t_mean"] == 1000]
-    last = {
-        line["train.out"]: line for line in sorted(lines, key=lambda line: line["step"])
-    }.values()  # of each run
-    check_alike(last, ["step"])
-    if not last or not all(type(line.get(args.metric)) in (int, float) for line in last):
+    """Figure 6: a score by the mean and by the standard deviation of training's timesteps.
+
+    Points are the mean over runs, bars the standard deviation.
+    """
+    runs = []
+    for line in read_scores(args.eval, args.where, ALIKE):
+        on_an_axis = line["train.t_std"] == 200 or line["train.t_mean"] == 1000
+        if line["train.t_sampling"] == "gaussian" and on_an_axis:
+            runs.append(line)
+    runs = last_of_each_run(runs)
+    check_same_training(runs, except_for=("t_mean", "t_std"))
+    if not runs or not all(type(line.get(args.metric)) in (int, float) for line in runs):
         raise InputError(
-            f"--metric {args.metric}: not of the runs of std 200 or mean 1000 in {' '.join(args.eval)}"
+            f"--metric {args.metric}: not of the runs of std 200 or mean 1000 "
+            f"in {' '.join(args.eval)}"
         )
-    axes = Figure(figsize=(6, 2.6)).subplots(1, 2, sharey=True)
-    for ax, (swept, fixed, at) in zip(
-        axes, (("mean", "std", 200), ("std", "mean", 1000)), strict=True
-    ):
-        runs = [
-            (line[f"train.t_{swept}"], line[args.metric])
-            for line in last
-            if line[f"train.t_{fixed}"] == at
-        ]
-        values = sorted({value for value, _ in runs})
-        scores = [
-            mean_and_spread([score for other, score in runs if other == value]) for value in values
-        ]
-        ax.errorbar(values, *np.reshape(scores, (-1, 2)).T, capsize=3)
-        ax.set(xlabel=f"{swept} of t ({fixed} {at})", xticks=values)
-    axes[0].set_ylabel(f"{LABELS.get(args.metric, args.metric)} (mean ± s.d. of runs)")
-    return axes[0].figure
+    figure = Figure(figsize=(6, 2.6))
+    mean_ax, std_ax = figure.subplots(1, 2, sharey=True)
+    of_std_200 = [line for line in runs if line["train.t_std"] == 200]
+    draw_sweep(mean_ax, of_std_200, "train.t_mean", args.metric)
+    mean_ax.set_xlabel("mean of t (std 200)")
+    of_mean_1000 = [line for line in runs if line["train.t_mean"] == 1000]
+    draw_sweep(std_ax, of_mean_1000, "train.t_std", args.metric)
+    std_ax.set_xlabel("std of t (mean 1000)")
+    label = LABELS.get(args.metric, args.metric)
+    mean_ax.set_ylabel(f"{label} (mean ± s.d. of runs)")
+    return figure
+
+
+def draw_sweep(ax, runs: list[dict], flag: str, metric: str) -> None:
+    """Mean and standard deviation of the metric over the runs with the same value of the flag."""
+    values = sorted({line[flag] for line in runs})
+    means = []
+    spreads = []
+    for value in values:
+        mean, spread = mean_and_spread([line[metric] for line in runs if line[flag] == value])
+        means.append(mean)
+        spreads.append(spread)
+    ax.errorbar(values, means, spreads, capsize=3)
+    ax.set_xticks(values)
 
 
 def curves(args) -> Figure:
-    """figure 7: metrics along training, from log.jsonl or --eval; mean and standard deviation over a label's runs"""
-    ax, metrics = Figure(figsize=(4.5, 3)).subplots(), {}
-    for label, metric, n, (x, y, spread) in read_curves(args):
-        x, unit = (x / 60, "training time (min)") if args.x == "seconds" else (x, args.x)
-        (line,) = ax.plot(
-            x, y, label=f"{label}: {metric} (n = {n})", markevery=max(1, len(x) // 10)
-        )
-        ax.fill_between(x, y - spread, y + spread, color=line.get_color(), alpha=0.15)
-        metrics[metric] = LABELS.get(metric, metric)
-    ax.set(xlabel=unit, ylabel=", ".join(metrics.values()))
+    """Figure 7: metrics along training, mean and standard deviation over a label's runs.
+
+    They come from the runs' log.jsonl, or from --eval.
+    """
+    figure = Figure(figsize=(4.5, 3))
+    ax = figure.subplots()
+    y_labels = []
+    for label, metric, run_count, (x, mean, spread) in read_curves(args):
+        at = x / 60 if args.x == "seconds" else x
+        mark_every = max(1, len(at) // 10)
+        name = f"{label}: {metric} (n = {run_count})"
+        (line,) = ax.plot(at, mean, label=name, markevery=mark_every)
+        ax.fill_between(at, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
+        y_label = LABELS.get(metric, metric)
+        if y_label not in y_labels:
+            y_labels.append(y_label)
+    ax.set_xlabel("training time (min)" if args.x == "seconds" else args.x)
+    ax.set_ylabel(", ".join(y_labels))
     ax.legend()
-    return ax.figure
+    return figure
 
 
 def wild(args) -> Figure:
-    """figure 8: sample.py's folders of images, the input beside its views; a row an object"""
-    files = [
-        [Path(folder, "input.png"), *sorted(Path(folder).glob("[0-9][0-9][0-9].png"))]
-        for folder in args.folders
-    ]
-    rows = [[np.asarray(open_image(file).convert("RGB")) for file in row] for row in files]
-    titles = ["input", *(f"view {i}" for i in range(max(map(len, rows)) - 1))]
-    names = [
-        "/".join(row[0].absolute().parts[-3:-1]) for row in files
-    ]  # with --out's, which tells models apart
+    """Figure 8: the photos that sample.py was given beside their views, a row per object."""
+    rows = []
+    names = []
+    for folder in args.folders:
+        views = sorted(Path(folder).glob("[0-9][0-9][0-9].png"))
+        files = [Path(folder, "input.png"), *views]
+        rows.append([np.asarray(open_image(file).convert("RGB")) for file in files])
+        # With the folder above, which is sample.py's --out: it tells models apart.
+        names.append("/".join(Path(folder).absolute().parts[-2:]))
+    view_count = max(len(row) for row in rows) - 1
+    titles = ["input", *(f"view {i}" for i in range(view_count))]
     return picture_grid(rows, titles, names)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
+# -------------------------------------------------------------------------------------------- main
+
+
+def add_archive_flags(parser) -> None:
+    parser.add_argument("--archive", required=True, help="what precompute_dino.py wrote")
+    parser.add_argument(
+        "--objects", nargs="+", metavar="NAME", help="default: the first four that can be drawn"
     )
-    commands, flags = parser.add_subparsers(required=True, metavar="FIGURE"), {}
-    for draw in (trajectory, timesteps, matching, pca, sweep, curves, wild):
-        command = commands.add_parser(
-            draw.__name__, help=draw.__doc__, formatter_class=HelpFormatter
-        )
+    parser.add_argument(
+        "--vae", help="the VAE that decodes the views, where the archive's is elsewhere"
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="FIGURE")
+
+    def add_command(draw) -> ArgumentParser:
+        summary = draw.__doc__.splitlines()[0]
+        command = commands.add_parser(draw.__name__, help=summary, description=draw.__doc__)
         command.set_defaults(draw=draw)
-        command.add_argument(
-            "--out", default=f"out/{draw.__name__}", help="writes OUT.png and OUT.pdf"
-        )
-        flags[draw] = command.add_argument
-    flags[trajectory]("--x0", required=True, metavar="FILE", help="x0.npz of sample.py --save_x0")
-    for draw in (matching, pca):
-        flags[draw]("--archive", required=True, help="what precompute_dino.py wrote")
-        flags[draw](
-            "--objects", nargs="+", metavar="NAME", help="default: the first four that can be drawn"
-        )
-        flags[draw](
-            "--vae", help="the VAE that decodes the views, where the archive's is elsewhere"
-        )
-    flags[matching](
+        default = f"out/{draw.__name__}"
+        command.add_argument("--out", default=default, help="writes OUT.png and OUT.pdf")
+        return command
+
+    command = add_command(trajectory)
+    command.add_argument(
+        "--x0", required=True, metavar="FILE", help="x0.npz of sample.py --save_x0"
+    )
+
+    add_command(timesteps)
+
+    command = add_command(matching)
+    add_archive_flags(command)
+    command.add_argument(
         "--separate", action="store_true", help="a PCA for each view (A.2) instead of one for both"
     )
-    flags[sweep]("--metric", default="lpips", help="score to draw")
-    flags[curves](
+
+    command = add_command(pca)
+    add_archive_flags(command)
+
+    command = add_command(sweep)
+    command.add_argument("--metric", default="lpips", help="score to draw")
+    command.add_argument(
+        "--eval", nargs="+", required=True, metavar="FILE", help="evaluate.py's --out"
+    )
+    add_where_flag(command)
+
+    command = add_command(curves)
+    command.add_argument(
         "runs",
         nargs="+",
         metavar="[LABEL=]RUN[,RUN...]",
-        help="--out of train.py; a label's are averaged",
+        help="--out of train.py; the runs of a label are averaged",
     )
-    flags[curves](
+    command.add_argument(
         "--metric",
         nargs="+",
         help="of log.jsonl (default: loss, val_loss_ema) or --eval (lpips, or psnr)",
     )
-    flags[curves](
+    command.add_argument(
         "--x", choices=["seconds", "samples", "step"], default="seconds", help="horizontal axis"
     )
-    for draw in (sweep, curves):
-        flags[draw](
-            "--eval",
-            nargs="+",
-            default=[],
-            metavar="FILE",
-            required=draw is sweep,
-            help="evaluate.py's --out",
-        )
-        flags[draw]("--where", **WHERE)
-    flags[wild](
+    command.add_argument(
+        "--eval", nargs="+", default=[], metavar="FILE", help="evaluate.py's --out"
+    )
+    add_where_flag(command)
+
+    command = add_command(wild)
+    command.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="an image's folder in sample.py's --out"
     )
+
     args = parser.parse_args()
     print("wrote", *save(args.draw(args), args.out))
 
