@@ -124,9 +124,10 @@ def patch_colours(patch: Tensor, cover: Tensor) -> np.ndarray:
 def match_patches(a: Tensor, b: Tensor, separate: bool = False) -> Tensor:
     """A.2: for each patch of a (N,K) the nearest of b (M,K), in three components -> indices (N,).
 
-    Deviation: one PCA is fitted on both views. The paper fits one per view (`separate`), but then
-    the two bases, and with them the distances, do not compare.
+    separate: fit a PCA to each view, as the paper does.
     """
+    # Deviation: one PCA is fitted to both views. With one each, as in the paper, the two bases
+    # differ, so distances between them mean little.
     both = torch.cat([a, b])
     points_a = condense(a, a if separate else both)
     points_b = condense(b, b if separate else both)
