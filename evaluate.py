@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import pretrained
@@ -44,6 +43,7 @@ from lib.cli import (
     fraction,
     nonnegative_int,
     positive_int,
+    progress,
     run_script,
 )
 from lib.distributed import from_rank_0, gather_objects, join_ranks, open_device
@@ -397,7 +397,7 @@ def read_pair_scores(folder: Path, identity: str) -> dict[str, dict]:
     """{pair's key: {metric: [a value per sample]}} that earlier runs, of any rank, have written."""
     scores: dict[str, dict] = {}
     for path in folder.glob(f"{identity}.*"):
-        for text in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             if text.endswith("}}"):  # else a crash tore the line
                 scores.update(json.loads(text))
     return scores
@@ -458,8 +458,8 @@ def evaluate_row(
         collate_fn=functools.partial(load_pairs, size=settings["image_size"]),
         num_workers=args.workers,
     )
-    with open(folder / f"{identity}.{rank}", "a") as file:
-        for batch in tqdm(loader, desc=settings["row"], unit="batch", disable=rank > 0):
+    with open(folder / f"{identity}.{rank}", "a", encoding="utf-8") as file:
+        for batch in progress(loader, desc=settings["row"], unit="batch", disable=rank > 0):
             batch_scores = score_batch(batch, predict, metrics, device)
             check_finite(settings, batch_scores)
             for key, values in batch_scores.items():

@@ -81,7 +81,7 @@ def open_table(out: Path) -> dict[str, dict]:
     lines = {}
     try:
         if out.exists():
-            for text in out.read_text().splitlines():
+            for text in out.read_text(encoding="utf-8").splitlines():
                 line = json.loads(text)
                 lines[line["id"]] = line
         Path(f"{out}.pairs").mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ if [ ! -e "$OUT/data" ]; then
     rm -rf "$OUT/data.part"
     mkdir -p "$OUT"
     $PYTHON -m tools.shapes --out "$OUT/data.part" --objects "$OBJECTS" --views 12 --size "$PX" \
-        --plain
+        --kind blocks --plain
     mv "$OUT/data.part" "$OUT/data"
 fi
 
