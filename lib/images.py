@@ -1,4 +1,10 @@
-"""Photos in, pictures out: what sample.py and the others read and draw. Nothing here is the method."""
+"""Pictures in and out: reading renders and photos, drawing grids, writing views.
+
+Nothing here is the method. In the order of reading:
+    reading       open_image, composite, resize; load_image for renders
+    photos        list_photos, load_photo: find the object and frame it
+    writing       to_pil, labelled_grid, save_picture, write_views
+"""
 
 import contextlib
 from pathlib import Path
@@ -10,86 +16,101 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from lib.cli import InputError
+from lib.cli import InputError, one_line
 from lib.files import write_atomically
+
+# ----------------------------------------------------------------------------------------- reading
 
 MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # by content: PIL would run Ghostscript on an EPS
+# By content, not by name. Not all that PIL knows: for an EPS it would run Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A decoded PIL image, turned upright by its EXIF tag. InputError if absent, too large, or not wholly readable."""
+    """A decoded PIL image, turned upright by its EXIF tag.
+
+    Raises InputError naming the file if it is absent, too large or not wholly readable.
+    """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height <= MAX_PIXELS:
+            width, height = image.size
+            if width * height <= MAX_PIXELS:
                 image.load()
-                if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-                    raise ValueError("of floats or 32-bit numbers, whose range is anybody's guess")
+                check_range(image)
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # PIL raises nearly anything on malformed files
-        raise InputError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
-    raise InputError(
-        f"{path}: image too large ({image.width}x{image.height}, at most {MAX_PIXELS} pixels)"
-    )
+        raise InputError(f"{path}: unreadable image ({one_line(error)})") from None
+    raise InputError(f"{path}: image too large ({width}x{height}, at most {MAX_PIXELS} pixels)")
+
+
+def check_range(image: Image.Image) -> None:
+    """Raises ValueError where nothing says which number is white."""
+    is_32_bit = image.mode == "I" and image.getextrema()[1] > 65535
+    if image.mode == "F" or is_32_bit:
+        raise ValueError("of floats or 32-bit numbers, whose range is not known")
 
 
 def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """PIL image of any mode -> (rgb (H,W,3) composited onto white, alpha (H,W)), float32 in [0,1].
 
-    Deviation: Zero-1-to-3 only whitens pixels of alpha exactly 0, which leaves halos on antialiased edges.
+    Deviation: Zero-1-to-3 only whitens pixels whose alpha is exactly 0. That leaves halos on
+    antialiased edges.
     """
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion to 8 bits would clip
-        grey = (np.asarray(image, np.float32) / 65535).clip(0, 1)
-        alpha = (np.asarray(image) != image.info.get("transparency", -1)).astype(np.float32)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits would clip it
+        numbers = np.asarray(image)
+        transparent = image.info.get("transparency", -1)
+        alpha = (numbers != transparent).astype(np.float32)
+        grey = (numbers.astype(np.float32) / 65535).clip(0, 1)
         rgb = np.repeat(grey[..., None], 3, axis=2)
     else:
         rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
-        rgb, alpha = rgba[..., :3], rgba[..., 3]
+        rgb = rgba[..., :3]
+        alpha = rgba[..., 3]
     return rgb * alpha[..., None] + (1 - alpha[..., None]), alpha
 
 
-def resize(rgb: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """(H,W,C) in [0,1] -> (C,height,width) in [0,1], bilinear, antialiased (PIL's).
+def resize(rgb: np.ndarray, height: int, width: int) -> Tensor:
+    """(H,W,C) in [0,1] -> (C,height,width) in [0,1], bilinear and antialiased (PIL's).
 
-    In float, a channel at a time: PIL resizes several channels in 8 bits only, which would round twice.
+    In float and a channel at a time: PIL resizes several channels in 8 bits only, which would round
+    twice.
     """
-    planes = [
-        Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(rgb, 2, 0)
-    ]
-    planes = [
-        np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes
-    ]
+    planes = []
+    for channel in np.moveaxis(rgb, 2, 0):
+        plane = Image.fromarray(np.ascontiguousarray(channel, np.float32))
+        planes.append(np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)))
     return torch.from_numpy(np.stack(planes)).clamp(0, 1)
 
 
-def load_image(path: str | Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """File -> (image (3,size,size) float32 in [-1,1] on white, alpha (size,size) float32 in [0,1]).
+def load_image(path: str | Path, size: int) -> tuple[Tensor, Tensor]:
+    """A render's file -> (image (3,size,size) in [-1,1] on white, alpha (size,size) in [0,1]).
 
-    What is not square is stretched. InputError as in open_image.
+    Both are float32. What is not square is stretched. Raises InputError as open_image does.
     """
     rgb, alpha = composite(open_image(path))
     planes = resize(np.concatenate([rgb, alpha[..., None]], axis=2), size, size)
     return planes[:3] * 2 - 1, planes[3]
 
 
+# ------------------------------------------------------------------------------------------ photos
+
+LARGEST_SIDE = 2048  # a telephone's photo would take gigabytes as floats
+MARGIN = 28 / 256  # Zero-1-to-3's: the object's long edge takes 200 of 256 pixels
+
+
 def list_photos(path: str) -> list[Path]:
-    """The image, or a folder's images by name. Raises InputError naming --image."""
+    """The photo, or a folder's photos by name. Raises InputError naming --image."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"--image {path}: no such file or folder")
-    photos = [source]
-    if source.is_dir():
-        photos = sorted(
-            p for p in source.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()
-        )
+    if not source.is_dir():
+        return [source]
+    photos = [
+        file
+        for file in sorted(source.iterdir())
+        if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file()
+    ]
     if not photos:
         raise InputError(f"--image {path}: no {', '.join(IMAGE_EXTENSIONS)} in it")
     if len({photo.stem for photo in photos}) < len(photos):
@@ -100,77 +121,98 @@ def list_photos(path: str) -> list[Path]:
 
 
 def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
-    """A photo of any shape and mode as the model is to see it (3,size,size): its object on white.
+    """A photo of any shape and mode as the model is to see it: (3,size,size) in [-1,1], on white.
 
-    crop: Zero-1-to-3's framing, the object's bounding box centred with its long edge at 200/256 of the image
-    (Deviation: what is smaller is enlarged, too). The object is where alpha says or, without alpha, what differs from a
-    plain background or what rembg (an optional package) cuts out of another. Without crop the whole image is set on a
-    white square. Raises InputError where no object can be told from the background.
+    crop: frame the object as Zero-1-to-3 does, its bounding box centred and the long edge at
+    200/256 of the image. Without crop the whole photo is set on a white square.
+    Deviation: Zero-1-to-3 does not enlarge an object that is smaller than that.
+    Raises InputError where no object can be told from the background.
     """
     photo = open_image(path)
-    if photo.mode == "I;16B":  # which PIL shrinks wrongly
+    if photo.mode == "I;16B":  # PIL shrinks this mode wrongly
         photo = Image.fromarray(np.asarray(photo).astype(np.uint16))
-    photo.thumbnail(
-        (2048, 2048), reducing_gap=None
-    )  # a telephone's would take gigabytes; 16 bits have no reduce()
+    # Without reducing_gap, because 16-bit images cannot do what it asks for.
+    photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE), reducing_gap=None)
     rgb, alpha = composite(photo)
     if not crop:
         return fit(rgb, 0, size)
     if alpha.min() == 1:
-        alpha = off_plain_background(rgb)
-        if alpha is None:
-            rgb, alpha = composite(
-                remove_background(Image.fromarray((255 * rgb).round().astype(np.uint8)), path)
-            )
-        else:
-            rgb = rgb * alpha[..., None] + 1 - alpha[..., None]
-    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+        rgb, alpha = cut_out(rgb, path)
+    is_object = alpha > 0.5
+    rows = np.flatnonzero(is_object.any(axis=1))
+    columns = np.flatnonzero(is_object.any(axis=0))
+    if len(rows) == 0:
         raise InputError(f"{path}: holds no object: it is all background")
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return fit(rgb[box], round(size * 28 / 256), size)
+    box = rgb[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return fit(box, round(size * MARGIN), size)
+
+
+def cut_out(rgb: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """An opaque photo (H,W,3) in [0,1] -> (its object on white (H,W,3), alpha (H,W)).
+
+    The object is what differs from a plain background or, before any other background, what rembg
+    cuts out. Raises InputError where it can't.
+    """
+    alpha = off_plain_background(rgb)
+    if alpha is not None:
+        return rgb * alpha[..., None] + (1 - alpha[..., None]), alpha
+    photo = Image.fromarray((255 * rgb).round().astype(np.uint8))
+    return composite(remove_background(photo, path))
 
 
 def off_plain_background(rgb: np.ndarray) -> np.ndarray | None:
-    """What differs in colour from a plain, evenly lit background, the border's: rgb (H,W,3) in [0,1] -> alpha (H,W) of
-    zeros and ones, without specks. None where the border shows no such background."""
+    """What differs in colour from a plain, evenly lit background: rgb (H,W,3) -> alpha (H,W).
+
+    Alpha is 0 or 1 and has no specks. The background is what the border shows; the result is None
+    where the border shows no plain one.
+    """
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     background = np.median(border, axis=0)
-    uneven = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
-    if uneven > 0.06:
+    unevenness = np.quantile(np.abs(border - background).max(axis=1), 0.95)  # noise, vignetting
+    if unevenness > 0.06:
         return None
-    differs = np.abs(rgb - background).max(axis=2) > np.clip(2 * uneven, 0.04, 0.12)
-    company = (
-        Image.fromarray(differs).convert("L").filter(ImageFilter.RankFilter(5, 20))
-    )  # 5 of 5 x 5 differ
-    return (differs & (np.asarray(company) > 0)).astype(np.float32)
+    threshold = np.clip(2 * unevenness, 0.04, 0.12)
+    differs = np.abs(rgb - background).max(axis=2) > threshold
+    # A speck has few neighbours: keep pixels where at least 5 of 5 x 5 differ.
+    at_least_5 = ImageFilter.RankFilter(5, 20)
+    in_company = np.asarray(Image.fromarray(differs).convert("L").filter(at_least_5)) > 0
+    return (differs & in_company).astype(np.float32)
 
 
 def remove_background(photo: Image.Image, path: Path) -> Image.Image:
-    """The photo (RGB) with its object cut out (RGBA), by rembg's default network, which it downloads at first."""
+    """An RGB photo with its object cut out (RGBA), by rembg's default network.
+
+    rembg is an optional package and downloads the network when it is first used.
+    """
     try:
-        import rembg  # optional: pip install "rembg[cpu]"
+        import rembg
 
         return rembg.remove(photo)
     except ImportError:
-        why = "no alpha and no plain background, and no rembg to remove it"
         raise InputError(
-            f'{path}: {why}; `pip install "rembg[cpu]"`, cut the object out, or --no-crop'
+            f"{path}: no alpha and no plain background, and no rembg to remove it; "
+            '`pip install "rembg[cpu]"`, cut the object out, or --no-crop'
         ) from None
     except Exception as error:  # its network's download fails in many ways
         raise InputError(
-            f"{path}: rembg could not remove the background ({' '.join(str(error).split())})"
+            f"{path}: rembg could not remove the background ({one_line(error)})"
         ) from None
 
 
 def fit(rgb: np.ndarray, margin: int, size: int) -> Tensor:
-    """rgb (H,W,3) in [0,1] -> (3,size,size) in [-1,1]: resized to leave the margin in pixels, centred on white."""
+    """rgb (H,W,3) in [0,1] -> (3,size,size) in [-1,1]: resized to leave the margin, on white."""
     inner = size - 2 * margin
-    height, width = (max(1, round(n * inner / max(rgb.shape[:2]))) for n in rgb.shape[:2])
+    longest = max(rgb.shape[:2])
+    height = max(1, round(rgb.shape[0] * inner / longest))
+    width = max(1, round(rgb.shape[1] * inner / longest))
+    top = (size - height) // 2
+    left = (size - width) // 2
     canvas = torch.ones(3, size, size)
-    top, left = (size - height) // 2, (size - width) // 2
     canvas[:, top : top + height, left : left + width] = resize(rgb, height, width) * 2 - 1
     return canvas
+
+
+# ----------------------------------------------------------------------------------------- writing
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -180,55 +222,76 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
-    """Rows of images (3,H,W) in [-1,1] under one label a column; `scale` enlarges small images by whole pixels."""
+    """Rows of images (3,H,W) in [-1,1], with a label above each column.
+
+    scale: enlarges small images by whole pixels.
+    """
+    gap = 4
+    label_height = 14
+    grey = 0.84
     images = torch.stack([image.float().cpu() for row in rows for image in row])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = to_pil(
-        F.pad(make_grid(images, len(labels), padding=4, pad_value=0.84), (0, 0, 14, 0), value=0.84)
-    )
-    draw, width, font = ImageDraw.Draw(canvas), images.shape[3], ImageFont.load_default(11)
-    for j, label in enumerate(labels):
-        draw.text(
-            (4 + j * (width + 4) + width // 2, 3), label, fill=(0, 0, 0), anchor="ma", font=font
-        )
+    grid = make_grid(images, len(labels), padding=gap, pad_value=grey)
+    canvas = to_pil(F.pad(grid, (0, 0, label_height, 0), value=grey))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(11)
+    width = images.shape[3]
+    for column, label in enumerate(labels):
+        middle = gap + column * (width + gap) + width // 2
+        draw.text((middle, 3), label, fill=(0, 0, 0), anchor="ma", font=font)
     return canvas
 
 
 def save_picture(path: Path, picture: Image.Image, **options) -> None:
-    """In the format of the path's suffix, or PNG. Raises InputError naming the path when it can't be written."""
+    """In the format of the path's suffix, or PNG. Raises InputError naming the path."""
     form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     write_atomically(path, lambda temporary: picture.save(temporary, format=form, **options))
 
 
 def write_views(
-    folder: Path, image: Tensor, views: Tensor, labels: list[str], trajectory=None
+    folder: Path,
+    image: Tensor,
+    views: Tensor,
+    labels: list[str],
+    trajectory: dict[int, list[Tensor]] | None = None,
 ) -> None:
-    """sample.py's output: input.png, %03d.png, grid.png, orbit.gif and, of a trajectory, x0.npz for `visualize.py
-    trajectory`. image (3,H,W), views (N,3,H,W), trajectory {timestep: batches of its predicted x0}, noisiest first."""
-    old = [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
-    ours = (folder / "input.png").exists() and (
-        folder / "grid.png"
-    ).exists()  # an earlier run's, to be cleared away
+    """sample.py's output: input.png, 000.png ..., grid.png, orbit.gif and, of a trajectory, x0.npz.
+
+    image (3,H,W), views (N,3,H,W). trajectory: {timestep: batches of its predicted x0}, noisiest
+    first; x0.npz is what `visualize.py trajectory` reads. Clears away the views of an earlier run.
+    """
+    old_views = views_of_an_earlier_run(folder)
     save_picture(folder / "input.png", to_pil(image))
-    for path in old if ours else ():
+    for path in old_views:
         with contextlib.suppress(OSError):
             path.unlink()
-    for i, view in enumerate(views):
-        save_picture(folder / f"{i:03d}.png", to_pil(view))
+    pictures = [to_pil(view) for view in views]
+    for i, picture in enumerate(pictures):
+        save_picture(folder / f"{i:03d}.png", picture)
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
-    if len(views) > 1:
-        first, *rest = (to_pil(view) for view in views)
-        save_picture(
-            folder / "orbit.gif", first, save_all=True, append_images=rest, duration=150, loop=0
-        )
-    if trajectory:  # x0 (N,views,H,W,3) uint8 and its timesteps t (N,)
-        x0 = [
-            [np.asarray(to_pil(view)) for batch in batches for view in batch]
-            for batches in trajectory.values()
-        ]
-        write_atomically(folder / "x0.npz", lambda path: save_npz(path, x0=x0, t=list(trajectory)))
+    if len(pictures) > 1:
+        animation = {"save_all": True, "append_images": pictures[1:], "duration": 150, "loop": 0}
+        save_picture(folder / "orbit.gif", pictures[0], **animation)
+    if trajectory:
+        write_trajectory(folder / "x0.npz", trajectory)
 
 
-def save_npz(path: Path, **arrays) -> None:
-    with open(path, "wb") as file:  # np.savez given a path would add a suffix to it
-        np.savez_compressed(file, **arrays)
+def views_of_an_earlier_run(folder: Path) -> list[Path]:
+    """Files to clear away. There are none where the folder is not one that sample.py wrote."""
+    if not (folder / "input.png").exists() or not (folder / "grid.png").exists():
+        return []
+    return [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
+
+
+def write_trajectory(path: Path, trajectory: dict[int, list[Tensor]]) -> None:
+    """x0 (T,N,H,W,3) uint8 and its timesteps t (T,), from {timestep: batches (B,3,H,W)}."""
+    x0 = []
+    for batches in trajectory.values():
+        views = torch.cat(batches)
+        x0.append(np.stack([np.asarray(to_pil(view)) for view in views]))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # np.savez given a path would add a suffix to it
+            np.savez_compressed(file, x0=np.stack(x0), t=np.array(list(trajectory)))
+
+    write_atomically(path, write)

@@ -69,9 +69,7 @@ def test_archives_agree(tree, archive, tmp_path, flags):
     assert_close_shards(tmp_path / "a", archive, 4e-3)
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning", "--shared_noise"]]
-)
+@pytest.mark.parametrize("flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning"]])
 def test_samples_agree(run, tree, tmp_path, flags):
     views = {}
     for device in ("cpu", "cuda"):

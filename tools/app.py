@@ -1,12 +1,14 @@
-"""A page in the browser for sample.py, like Zero-1-to-3's demo: drop an image, move the camera, watch it denoise.
+"""A page in the browser for sample.py, like Zero-1-to-3's demo: drop a photo, move the camera.
 
     python -m tools.app --ckpt out/demo --steps 20 --scale 1 --device cpu
-    python -m tools.app --ckpt runs/full --port 8080      # on a node; then `ssh -L 8080:localhost:8080 NODE`
+    python -m tools.app --ckpt runs/full --port 8080    # on a node: ssh -L 8080:localhost:8080 NODE
 
-Requests wait for one another. Needs tools/app-requirements.txt.
+The views are shown while they denoise. Requests wait for one another. It needs the packages of
+tools/app-requirements.txt.
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import shutil
@@ -21,70 +23,208 @@ from torch import Tensor
 
 import pretrained
 import sample
-from lib import images as pictures
-from lib.cli import HelpFormatter, InputError, run_script
-from lib.distributed import set_up
+from lib.cli import ArgumentParser, InputError, positive_int, run_script
+from lib.distributed import open_device
+from lib.images import load_photo, to_pil, write_views
+
+TITLE = """
+# Efficient-3DiM: new views of an object from one photo of it
+Drop a photo of one object, then press **Generate**: the camera goes once around the object. Set
+*Orbit* to 0 for a single view from *Azimuth*.
+"""
+PREVIEWS = 10  # predicted x0 shown of each batch: a VAE decodes in about the time of a step
 
 
 def enlarged(image: Tensor) -> Image.Image:
-    """(3,H,W) in [-1,1] -> a picture that can be seen: a small one is magnified, by whole pixels."""
-    return ImageOps.scale(
-        pictures.to_pil(image), max(1, 256 // image.shape[-1]), Image.Resampling.NEAREST
-    )
+    """(3,H,W) in [-1,1] -> a picture large enough to be seen: magnified by whole pixels."""
+    scale = max(1, 256 // image.shape[-1])
+    return ImageOps.scale(to_pil(image), scale, Image.Resampling.NEAREST)
 
 
 def generate(
-    opened: tuple, args: argparse.Namespace, photo: str | None, crop: bool, **flags
+    opened: tuple,
+    photo: str | None,
+    crop: bool,
+    *,
+    azimuth: float,
+    elevation: float,
+    distance: float,
+    orbit: int,
+    seed: int,
+    stochastic_conditioning: bool,
+    **settings,
 ) -> Iterator[tuple]:
-    """Yields ([(picture, caption), ...], None) as they denoise; at last a zip's path too, which lives till closed.
+    """Yields ([(picture, caption), ...], None) as the views denoise, at last with a zip's path.
 
-    opened: load_checkpoint's result; flags: sample.py's, before args' own. Closed, it stops sampling. InputError.
+    opened: what load_checkpoint returned. The others are sample.py's flags; settings are
+    `sample.ddim`'s keyword arguments. The zip exists until the next value is asked for. Closing the
+    generator stops the sampler. Raises InputError.
     """
     if not photo:
         raise InputError("no image yet: drop one at the top")
-    moves = [360 * i / flags["orbit"] for i in range(flags["orbit"])] or [flags["azimuth"]]
-    args = argparse.Namespace(
-        **vars(args) | flags | dict(azimuth=moves, shared_noise=False, save_x0=0)
-    )
-    poses = sample.camera_moves(moves, [args.elevation], [args.distance])
+    azimuths = [360 * i / orbit for i in range(orbit)] if orbit else [azimuth]
+    poses = sample.camera_moves(azimuths, [elevation], [distance])
     model, encoder, codec, meta = opened
-    image = pictures.load_photo(Path(photo), meta["image_size"], crop)
-    previews, alive, done = queue.SimpleQueue(), threading.Lock(), []
+    image = load_photo(Path(photo), meta["image_size"], crop)
+    shown_steps = sample.saved_steps(settings["steps"], PREVIEWS)
+    previews = queue.SimpleQueue()
+    closed = threading.Event()
 
     def on_step(i: int, x0: Tensor) -> None:
-        if not alive.locked():
+        if closed.is_set():
             raise InputError("stopped")
-        if i in sample.saved_steps(
-            args.steps, 10
-        ):  # not all: a VAE decodes a view in about the time of a step
+        if i in shown_steps:
             previews.put((i + 1, sample.decode(x0, codec).cpu()))
 
-    with (
-        ThreadPoolExecutor(1) as pool,
-        alive,
-    ):  # so that the lock is released first, however this is left
-        views = pool.submit(sample.sample_views, image, poses, model, encoder, codec, args, on_step)
-        views.add_done_callback(lambda _: previews.put(None))
-        for step, x0 in iter(previews.get, None):
-            batch = [
-                (enlarged(view), f"{moves[i]:.0f}°, step {step}")
-                for i, view in enumerate(x0, len(done))
-            ]
-            yield done + batch, None
-            done += (
-                batch if step == args.steps else []
-            )  # those x0 are the views; the next are of another batch
-    with tempfile.TemporaryDirectory() as out:
-        pictures.write_views(
-            Path(out, "views"), image, views.result(), [f"{move:.0f}" for move in moves]
+    finished = []  # of the batches before this one
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            sample.sample_views,
+            image,
+            poses,
+            model,
+            encoder,
+            codec,
+            settings,
+            seed,
+            stochastic_conditioning=stochastic_conditioning,
+            on_step=on_step,
         )
-        yield done, shutil.make_archive(f"{out}/views", "zip", f"{out}/views")
+        job.add_done_callback(lambda _: previews.put(None))
+        try:
+            for step, x0 in iter(previews.get, None):
+                batch = []
+                for degrees, view in zip(azimuths[len(finished) :], x0, strict=False):
+                    batch.append((enlarged(view), f"{degrees:.0f}°, step {step}"))
+                yield finished + batch, None
+                if step == settings["steps"]:
+                    finished += batch
+        finally:
+            closed.set()  # first of all: leaving the pool waits for the thread
+    with tempfile.TemporaryDirectory() as out:
+        folder = Path(out, "views")
+        labels = [f"{degrees:.0f}" for degrees in azimuths]
+        write_views(folder, image, job.result(), labels)
+        yield finished, shutil.make_archive(str(folder), "zip", folder)
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def import_gradio():
+    """The module. Raises InputError where it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        raise InputError(
+            "tools.app needs gradio: `pip install -r tools/app-requirements.txt`"
+        ) from None
+    return gradio
+
+
+def move_sliders(gr) -> dict:
+    """{sample.py's flag: its component} of the camera's move."""
+    return {
+        "orbit": gr.Slider(
+            0, 36, 8, step=1, precision=0, label="Orbit", info="views all around; 0: one view"
+        ),
+        "azimuth": gr.Slider(
+            -180, 180, 0, step=1, label="Azimuth", info="degrees, counter-clockwise"
+        ),
+        "elevation": gr.Slider(-90, 90, 0, step=1, label="Elevation", info="degrees, upwards"),
+        "distance": gr.Slider(-0.7, 0.7, 0, step=0.05, label="Distance", info="scene units, away"),
+    }
+
+
+def sampler_controls(gr, args: argparse.Namespace) -> dict:
+    """{sample.py's flag: its component} of the sampler; they start as on the command line."""
+    return {
+        "steps": gr.Slider(1, max(200, args.steps), args.steps, step=1, precision=0, label="Steps"),
+        "scale": gr.Slider(
+            min(1, args.scale), max(10, args.scale), args.scale, step=0.1, label="Guidance"
+        ),
+        "seed": gr.Slider(0, max(9999, args.seed), args.seed, step=1, precision=0, label="Seed"),
+        "sampler": gr.Radio(["ddim", "dpm"], value=args.sampler, label="Sampler"),
+        "stochastic_conditioning": gr.Checkbox(label="Stochastic conditioning"),
+    }
+
+
+def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
+    """The gradio.Blocks. gr: the gradio module; opened: what load_checkpoint returned."""
+    image_size = opened[3]["image_size"]
+
+    @contextlib.contextmanager
+    def errors_on_the_page(photo: str | None):
+        try:
+            yield
+        except InputError as error:
+            message = str(error).replace(str(photo), "the image")
+            raise gr.Error(message, print_exception=False) from None
+
+    def preview(photo: str | None, crop: bool):
+        yield None  # instead of what an earlier photo left
+        if photo:
+            with errors_on_the_page(photo):
+                yield enlarged(load_photo(Path(photo), image_size, crop))
+
+    def run(photo: str | None, crop: bool, *values):
+        yield [], None  # instead of what an earlier photo left
+        flags = dict(zip(controls, values, strict=True))
+        with errors_on_the_page(photo):
+            yield from generate(opened, photo, crop, eta=args.eta, precision=precision, **flags)
+
+    with gr.Blocks(
+        title="Efficient-3DiM", analytics_enabled=False, delete_cache=(3600, 86400)
+    ) as page:
+        gr.Markdown(TITLE)
+        with gr.Row():
+            with gr.Column(scale=1):
+                upload = gr.Image(
+                    label="Photo", type="filepath", image_mode=None, sources=["upload"], height=300
+                )
+                crop = gr.Checkbox(
+                    True, label="Crop to the object", info="off for renders framed as in training"
+                )
+                shown = gr.Image(
+                    label="What the model is shown",
+                    format="png",
+                    interactive=False,
+                    buttons=[],
+                    height=300,
+                )
+            with gr.Column(scale=3):
+                with gr.Row():
+                    controls = move_sliders(gr)
+                with gr.Row():
+                    start = gr.Button("Generate", variant="primary")
+                    stop = gr.Button("Stop")
+                    file = gr.DownloadButton("Download the views")
+                views = gr.Gallery(
+                    label="Views", format="png", columns=4, height=640, object_fit="contain"
+                )
+        with gr.Accordion("Sampler", open=False), gr.Row():
+            controls.update(sampler_controls(gr, args))
+        gr.on(
+            [upload.change, crop.change], preview, [upload, crop], shown, concurrency_id="preview"
+        )
+        running = start.click(
+            run, [upload, crop, *controls.values()], [views, file], concurrency_limit=1
+        )
+        stop.click(None, cancels=running)
+    return page
+
+
+def port(text: str) -> int:
+    """An argparse type: a TCP port."""
+    number = positive_int(text)
+    if number >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: must be below {2**16}")
+    return number
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=HelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     sample.add_checkpoint_flags(parser)
     sample.add_sampler_flags(parser.add_argument_group("what the page starts with"))
     parser.add_argument(
@@ -92,98 +232,14 @@ def main() -> None:
         default="127.0.0.1",
         help="address to listen at; 0.0.0.0 lets the whole network in",
     )
-    parser.add_argument("--port", type=int, default=7860, help="to listen at")
-    parser.set_defaults(batch_size=16)
+    parser.add_argument("--port", type=port, default=7860, help="to listen at")
     args = parser.parse_args()
-    sample.check_sampler_flags(args)
-    if not 1 <= args.port < 2**16:
-        raise InputError(f"--port {args.port}: between 1 and {2**16 - 1}")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    gr = import_gradio()
+    device, precision = open_device(args.device, args.precision)
+    opened = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
+    page = build_page(gr, opened, args, precision)
     try:
-        import gradio as gr
-    except ImportError:
-        raise InputError(
-            "tools.app needs gradio: `pip install -r tools/app-requirements.txt`"
-        ) from None
-    opened, flags = (
-        pretrained.load_checkpoint(args.ckpt, set_up(args)[0], args.encoder_weights, args.vae),
-        {},
-    )
-
-    def run(photo, crop, *values):  # without values only what the model is shown
-        try:
-            yield ([], None) if values else None  # in place of what an earlier image left
-            if values:
-                yield from generate(
-                    opened, args, photo, crop, **dict(zip(flags, values, strict=True))
-                )
-            elif photo:
-                yield enlarged(pictures.load_photo(Path(photo), opened[3]["image_size"], crop))
-        except InputError as error:
-            raise gr.Error(
-                str(error).replace(str(photo), "the image"), print_exception=False
-            ) from None
-
-    with gr.Blocks(
-        title="Efficient-3DiM", analytics_enabled=False, delete_cache=(3600, 86400)
-    ) as app:
-        with gr.Row():
-            photo = gr.Image(
-                label="Image", type="filepath", image_mode=None, sources=["upload"], height=340
-            )
-            shown = gr.Image(
-                label="What the model is shown",
-                format="png",
-                interactive=False,
-                buttons=[],
-                height=340,
-            )
-            views = gr.Gallery(
-                label="Views", format="png", columns=4, fit_columns=False, scale=2, height=340
-            )
-        with gr.Row():
-            crop = gr.Checkbox(
-                True, label="Crop to the object", info="off for renders framed as in training"
-            )
-            start, stop, file = (
-                gr.Button("Generate", variant="primary"),
-                gr.Button("Stop"),
-                gr.DownloadButton(),
-            )
-        with gr.Row():
-            flags["azimuth"] = gr.Slider(
-                -180, 180, 0, step=1, label="Azimuth", info="degrees, counter-clockwise"
-            )
-            flags["elevation"] = gr.Slider(
-                -90, 90, 0, step=1, label="Elevation", info="degrees, upwards"
-            )
-            flags["distance"] = gr.Slider(
-                -0.7, 0.7, 0, step=0.05, label="Distance", info="scene units, away"
-            )
-            flags["orbit"] = gr.Slider(
-                0, 36, 0, step=1, precision=0, label="Orbit", info="views all around, or 0"
-            )
-        with gr.Row():
-            flags["steps"] = gr.Slider(
-                1, max(200, args.steps), args.steps, step=1, precision=0, label="Steps"
-            )
-            flags["scale"] = gr.Slider(
-                min(1, args.scale), max(10, args.scale), args.scale, step=0.1, label="Guidance"
-            )
-            flags["seed"] = gr.Slider(
-                0, max(9999, args.seed), args.seed, step=1, precision=0, label="Seed"
-            )
-            flags["sampler"] = gr.Radio(["ddim", "dpm"], value=args.sampler, label="Sampler")
-            flags["stochastic_conditioning"] = gr.Checkbox(label="Stochastic conditioning")
-        gr.on([photo.change, crop.change], run, [photo, crop], shown, concurrency_id="preview")
-        stop.click(
-            None,
-            cancels=start.click(
-                run, [photo, crop, *flags.values()], [views, file], concurrency_limit=1
-            ),
-        )
-    try:
-        app.launch(
+        page.launch(
             server_name=args.host,
             server_port=args.port,
             share=False,
