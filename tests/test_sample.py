@@ -205,6 +205,15 @@ def test_a_failing_rembg_is_one_line(tmp_path, monkeypatch):
         call(sample, *flags, "--image", tmp_path / "busy.png")
 
 
+def test_resizing_is_pils():
+    """In float, on noise, enlarged and shrunk."""
+    noise = np.random.default_rng(0).uniform(size=(41, 60, 1)).astype(np.float32)
+    for height, width in ((41, 60), (32, 32), (100, 17), (2, 200)):
+        ours = images.resize(noise, height, width)[0]
+        theirs = Image.fromarray(noise[..., 0]).resize((width, height), Image.Resampling.BILINEAR)
+        torch.testing.assert_close(ours, torch.from_numpy(np.array(theirs)), atol=1e-4, rtol=0)
+
+
 # -------------------------------------------------------------------------------------- pretraining
 
 
