@@ -22,6 +22,7 @@ Shapes: B batch, C latent channels, H W height and width (of latents, or of imag
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +273,8 @@ def sample_views(
 
     The noise of view i depends on (seed, i) alone. settings: `ddim`'s keyword arguments, as from
     `sampler_settings`. With stochastic_conditioning the views come one at a time, and each is
-    conditioned on the image and on the views before it.
+    conditioned on the image and on the views before it. Raises InputError where a view is not
+    finite.
     """
     device = next(model.parameters()).device
     poses = poses.to(device)
@@ -287,6 +289,11 @@ def sample_views(
         generators = [seeded(seed, first + i) for i in range(len(targets))]
         latent = ddim(model, conditions, generators, on_step=on_step, **settings)
         batch = decode(latent, codec)
+        if not (latent.isfinite().all() and batch.isfinite().all()):
+            raise InputError(
+                f"view {first} holds NaN or infinity: does --precision fp32 mend it? If not, the "
+                "weights of --ckpt or --vae are damaged"
+            )
         views.append(batch)
         if stochastic_conditioning:
             seen.append((condition_on(batch, encoder, codec), targets[0]))
@@ -404,7 +411,7 @@ def parse_args() -> argparse.Namespace:
         type=cli.nonnegative_int,
         default=0,
         metavar="N",
-        help="N views evenly around the object instead of --azimuth",
+        help="N views evenly around the object, of which the first is at --azimuth",
     )
     group = parser.add_argument_group("sampler (the paper names none of its settings)")
     add_sampler_flags(group)
@@ -435,6 +442,35 @@ def saved_steps(steps: int, count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(steps - 1, 0, count)})
 
 
+def orbit_azimuths(count: int, start: list[float]) -> list[float]:
+    """Azimuths in degrees of `count` views evenly around the object. Raises InputError.
+
+    start: --azimuth's list, which must be of one number.
+    """
+    if len(start) > 1:
+        raise InputError("--azimuth: with --orbit it takes one number, where the orbit starts")
+    return [start[0] + 360 * i / count for i in range(count)]
+
+
+def load_photos(paths: list[Path], size: int, crop: bool) -> dict[Path, Tensor]:
+    """{path: image (3,size,size)}.
+
+    A bad photo among several is named on standard error and left out. Raises InputError where none
+    is left.
+    """
+    if len(paths) == 1:
+        return {paths[0]: load_photo(paths[0], size, crop)}
+    images = {}
+    for path in paths:
+        try:
+            images[path] = load_photo(path, size, crop)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not images:
+        raise InputError(f"--image: none of the {len(paths)} photos can be used, as said above")
+    return images
+
+
 def view_labels(azimuths: list[float], count: int) -> list[str]:
     """Labels of the views in grid.png: their azimuths, or numbers where all share one azimuth."""
     values = azimuths if len(azimuths) == count else range(count)
@@ -445,14 +481,13 @@ def main() -> None:
     args = parse_args()
     azimuths = args.azimuth
     if args.orbit:
-        azimuths = [360 * i / args.orbit for i in range(args.orbit)]
+        azimuths = orbit_azimuths(args.orbit, args.azimuth)
     poses = camera_moves(azimuths, args.elevation, args.distance)
     labels = view_labels(azimuths, len(poses))
     paths = list_photos(args.image)
     device, precision = open_device(args.device, args.precision)
     # Photos first: opening the networks takes long.
-    size = image_size(args.ckpt)
-    images = [load_photo(path, size, args.crop) for path in paths]
+    images = load_photos(paths, image_size(args.ckpt), args.crop)
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, device, args.encoder_weights, args.vae
     )
@@ -463,7 +498,7 @@ def main() -> None:
     if not args.stochastic_conditioning:
         batches = math.ceil(len(poses) / args.batch_size)
     with tqdm(total=len(images) * args.steps * batches, unit="step") as bar:
-        for path, image in zip(paths, images, strict=True):
+        for path, image in images.items():
             bar.set_description(path.name)
             trajectory = {t: [] for t in saved_timesteps}  # of each, x0 batch by batch
 
@@ -486,7 +521,12 @@ def main() -> None:
             )
             write_views(Path(args.out, path.stem), image, views, labels, trajectory)
     where = Path(args.out, paths[0].stem) if len(paths) == 1 else Path(args.out)
-    print(f"{len(paths) * len(poses)} view(s) in {where}/")
+    print(f"{len(images) * len(poses)} view(s) in {where}/")
+    left_out = len(paths) - len(images)
+    if left_out:
+        raise InputError(
+            f"--image {args.image}: {left_out} of {len(paths)} photos left out, as said above"
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Nothing here is the method. In the order of reading:
 """
 
 import contextlib
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 # By content, not by name. Not all that PIL knows: for an EPS it would run Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -32,8 +34,9 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises InputError naming the file if it is absent, too large or not wholly readable.
     """
+    formats = readable_formats(path)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(path, formats=formats) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.load()
@@ -42,6 +45,47 @@ def open_image(path: str | Path) -> Image.Image:
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({one_line(error)})") from None
     raise InputError(f"{path}: image too large ({width}x{height}, at most {MAX_PIXELS} pixels)")
+
+
+def brand(path: str | Path) -> bytes:
+    """What HEIC and AVIF, a telephone's formats, begin with: b"heic", b"avif", ...; else b""."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return b""  # opening the file as an image will say why
+    is_heif = head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS
+    return head[8:] if is_heif else b""
+
+
+def readable_formats(path: str | Path) -> tuple[str, ...]:
+    """The formats to try on a file. Raises InputError where it is HEIC or AVIF and neither is read.
+
+    PIL itself reads AVIF since version 11.3; HEIC takes pillow-heif, an optional package.
+    """
+    if not brand(path):
+        return IMAGE_FORMATS
+    pillow_heif = import_optional("pillow_heif")
+    if pillow_heif is not None:
+        pillow_heif.register_heif_opener()
+    Image.init()
+    needed = "AVIF" if brand(path).startswith(b"avi") else "HEIF"
+    if needed not in Image.OPEN:
+        raise InputError(
+            f"{path}: a {needed} image; `pip install pillow-heif`, or convert it to PNG or JPEG"
+        )
+    return (needed,)
+
+
+def import_optional(name: str):
+    """The module of an optional package, or None where it is missing or does not load.
+
+    Some exit on import where another package is missing, as rembg does without onnxruntime.
+    """
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit):
+        return None
 
 
 def check_range(image: Image.Image) -> None:
@@ -92,6 +136,7 @@ def load_image(path: str | Path, size: int) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------ photos
 
+PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".avif")
 LARGEST_SIDE = 2048  # a telephone's photo would take gigabytes as floats
 MARGIN = 28 / 256  # Zero-1-to-3's: the object's long edge takes 200 of 256 pixels
 
@@ -106,10 +151,10 @@ def list_photos(path: str) -> list[Path]:
     photos = [
         file
         for file in sorted(source.iterdir())
-        if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file()
+        if file.suffix.lower() in PHOTO_EXTENSIONS and file.is_file()
     ]
     if not photos:
-        raise InputError(f"--image {path}: no {', '.join(IMAGE_EXTENSIONS)} in it")
+        raise InputError(f"--image {path}: no {', '.join(PHOTO_EXTENSIONS)} in it")
     if len({photo.stem for photo in photos}) < len(photos):
         raise InputError(
             f"--image {path}: two of its images share a name, and would share a folder of --out"
@@ -181,16 +226,15 @@ def remove_background(photo: Image.Image, path: Path) -> Image.Image:
 
     rembg is an optional package and downloads the network when it is first used.
     """
-    try:
-        import rembg
-
-        return rembg.remove(photo)
-    except ImportError:
+    rembg = import_optional("rembg")
+    if rembg is None:
         raise InputError(
-            f"{path}: no alpha and no plain background, and no rembg to remove it; "
+            f"{path}: no alpha and no plain background, and no working rembg to remove it; "
             '`pip install "rembg[cpu]"`, cut the object out, or --no-crop'
-        ) from None
-    except Exception as error:  # its network's download fails in many ways
+        )
+    try:
+        return rembg.remove(photo)
+    except (Exception, SystemExit) as error:  # its network's download fails in many ways
         raise InputError(
             f"{path}: rembg could not remove the background ({one_line(error)})"
         ) from None

@@ -95,7 +95,7 @@ def test_errors_are_one_line(opened, photo, tmp_path):
     damaged.write_bytes(b"\x89PNG")
     for wrong, changed, message in (
         (None, {}, "no image yet"),
-        (str(damaged), {}, "damaged.png"),
+        (str(damaged), {}, "damaged.png: unreadable image"),
         (photo, {"steps": 1001}, "--steps 1001"),  # raised in the sampler's thread
     ):
         with pytest.raises(InputError, match=message) as error:
@@ -103,8 +103,13 @@ def test_errors_are_one_line(opened, photo, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_without_gradio_it_says_what_to_install(run, monkeypatch):
+def test_without_gradio_it_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match="pip install -r tools/app-requirements.txt"):
+        call(app, "--ckpt", run)
+    monkeypatch.delitem(sys.modules, "gradio")
+    (tmp_path / "gradio.py").write_text("raise SystemExit(1)")  # as some packages do
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match="pip install -r tools/app-requirements.txt"):
         call(app, "--ckpt", run)
 
@@ -170,15 +175,24 @@ def test_guidance_below_the_sliders_range_widens_it(open_page):
     assert scale.minimum <= scale.value == 0
 
 
-def test_the_page_makes_views_and_shows_errors(gradio, open_page, photo):
+def test_the_page_makes_views_and_shows_errors(gradio, open_page, photo, tmp_path):
+    from gradio.data_classes import ImageData
+
+    damaged = tmp_path / "damaged.heic"
+    damaged.write_bytes(b"no picture")
     page, _ = open_page("--steps", 3, "--scale", 1)
     preview, generate = [fn for fn in page.fns.values() if fn.fn]
     values = [component.value for component in generate.inputs]
+    # A photo that can't be read gets past gr.Image, to load_photo's one line.
+    upload = generate.inputs[0]
+    assert upload.preprocess(ImageData(path=str(damaged))) == str(damaged)
+    assert upload.preprocess(None) is None
     *_, (views, file) = generate.fn(photo, *values[1:])
     assert len(views) == 8
     assert file.endswith(".zip")
     pictures = list(preview.fn(photo, False))
     assert pictures[0] is None  # clears what an earlier photo left
     assert pictures[1].size == (256, 256)
-    with pytest.raises(gradio.Error, match="no image yet"):
-        list(generate.fn(None, *values[1:]))
+    for wrong, message in ((None, "no image yet"), (str(damaged), "the image: unreadable image")):
+        with pytest.raises(gradio.Error, match=message):
+            list(generate.fn(wrong, *values[1:]))

@@ -1,13 +1,14 @@
 """sample.py: samplers against cases solved by hand, moves, stochastic conditioning, photos."""
 
+import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call
-from PIL import Image
+from helpers import SMALL, call, script
+from PIL import Image, features
 from safetensors.torch import load_file
 
 import data
@@ -154,7 +155,78 @@ def test_stochastic_conditioning_starts_as_independent_views_do(run, tree):
     assert (independent[0] - independent[1]).abs().max() > 1e-3  # of one move, by their noise
 
 
+def test_an_orbit_starts_at_the_azimuth():
+    assert sample.orbit_azimuths(3, [45.0]) == [45, 165, 285]
+    with pytest.raises(InputError, match="--azimuth: with --orbit"):
+        sample.orbit_azimuths(3, [45.0, 90.0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_view_that_is_not_finite_stops_it(run, tree, value):
+    model, encoder, codec, meta = pretrained.load_checkpoint(str(run))
+    torch.nn.init.constant_(model.unet.out[2].bias, value)
+    image = images.load_photo(tree / "00011" / "000.png", meta["image_size"], crop=False)
+    poses = sample.camera_moves([40.0], [0.0], [0.0])
+    settings = {"steps": 2, "scale": 1.0}
+    with pytest.raises(InputError, match="view 0 holds NaN or infinity.*--precision"):
+        sample.sample_views(image, poses, model, encoder, codec, settings)
+
+
+def test_one_process_joins_no_group(run, tree, tmp_path, monkeypatch):
+    """As where a scheduler sets torchrun's variables for a command that needs one process."""
+    image = tree / "00011" / "000.png"
+    flags = ["--ckpt", run, "--device", "cpu", "--steps", 1, "--out", tmp_path]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script("sample", *flags, "--image", image, "--no-crop")
+    assert (tmp_path / "000" / "000.png").exists()
+
+
 # ------------------------------------------------------------------------------------------ photos
+
+
+def test_a_bad_photo_in_a_folder_stops_no_other(run, tree, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(tree / "00011" / "000.png", photos / "good.png")
+    (photos / "bad.png").write_bytes(b"no picture")
+    (photos / "folder.png").mkdir()
+    flags = ["--ckpt", run, "--device", "cpu", "--steps", 1, "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match="--image .*photos: 1 of 2 photos left out"):
+        call(sample, *flags, "--image", photos)
+    assert "bad.png: unreadable image" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["good"]
+
+    (photos / "good.png").write_bytes(b"no picture either")
+    # Photos are read before the checkpoint is opened, which here is absent.
+    absent = ["--ckpt", tmp_path / "absent.ckpt", "--image", photos, "--out", tmp_path / "none"]
+    with pytest.raises(InputError, match="none of the 2 photos"):
+        call(sample, *absent)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="PIL reads AVIF since 11.3, in its wheels")
+def test_avif_is_read(tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "x.avif")
+    assert images.list_photos(str(tmp_path)) == [tmp_path / "x.avif"]
+    colour = images.load_photo(tmp_path / "x.avif", 8, crop=False)[:, 4, 4]
+    torch.testing.assert_close(colour, torch.tensor([1.0, -1.0, -1.0]), atol=0.05, rtol=0)
+
+
+def test_heic_is_one_line_without_pillow_heif(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(InputError, match="x.heic: a HEIF image; `pip install pillow-heif`"):
+        images.open_image(tmp_path / "x.heic")
+
+
+def test_heic_is_read_by_pillow_heif(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="an optional package")
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "x.heic")
+    colour = images.load_photo(tmp_path / "x.heic", 64, crop=False)[:, 32, 32]
+    torch.testing.assert_close(colour, torch.tensor([1.0, -1.0, -1.0]), atol=0.1, rtol=0)
 
 
 def test_a_background_is_removed_by_rembg(tmp_path, monkeypatch):
@@ -196,7 +268,12 @@ def test_a_failing_rembg_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", failing)
     with pytest.raises(InputError, match="busy.png.*rembg could not"):
         images.load_photo(tmp_path / "busy.png", 256)
-    monkeypatch.setitem(sys.modules, "rembg", None)
+    monkeypatch.setitem(sys.modules, "rembg", None)  # not installed
+    with pytest.raises(InputError, match="busy.png.*pip install"):
+        images.load_photo(tmp_path / "busy.png", 256)
+    monkeypatch.delitem(sys.modules, "rembg")
+    (tmp_path / "rembg.py").write_text("raise SystemExit(1)")  # as without onnxruntime
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match="busy.png.*pip install"):
         images.load_photo(tmp_path / "busy.png", 256)
     # Photos are read before the checkpoint is opened, which here is absent.

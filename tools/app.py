@@ -62,7 +62,7 @@ def generate(
     """
     if not photo:
         raise InputError("no image yet: drop one at the top")
-    azimuths = [360 * i / orbit for i in range(orbit)] if orbit else [azimuth]
+    azimuths = sample.orbit_azimuths(orbit, [azimuth]) if orbit else [azimuth]
     poses = sample.camera_moves(azimuths, [elevation], [distance])
     model, encoder, codec, meta = opened
     image = load_photo(Path(photo), meta["image_size"], crop)
@@ -112,22 +112,27 @@ def generate(
 
 
 def import_gradio():
-    """The module. Raises InputError where it is not installed."""
+    """The module. Raises InputError where it is not installed, or does not load."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
-    except ImportError:
+    except (ImportError, SystemExit):
         raise InputError(
             "tools.app needs gradio: `pip install -r tools/app-requirements.txt`"
         ) from None
     return gradio
 
 
+def uploaded_path(upload) -> str | None:
+    """What gr.Image gets from the browser -> the file's path, which load_photo opens."""
+    return upload.path if upload else None
+
+
 def move_sliders(gr) -> dict:
     """{sample.py's flag: its component} of the camera's move."""
     return {
         "orbit": gr.Slider(
-            0, 36, 8, step=1, precision=0, label="Orbit", info="views all around; 0: one view"
+            0, 36, 8, step=1, precision=0, label="Orbit", info="views, the first at Azimuth; 0: one"
         ),
         "azimuth": gr.Slider(
             -180, 180, 0, step=1, label="Azimuth", info="degrees, counter-clockwise"
@@ -183,6 +188,8 @@ def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
                 upload = gr.Image(
                     label="Photo", type="filepath", image_mode=None, sources=["upload"], height=300
                 )
+                # Its own way would open the photo, with a long message where it can't.
+                upload.preprocess = uploaded_path
                 crop = gr.Checkbox(
                     True, label="Crop to the object", info="off for renders framed as in training"
                 )
