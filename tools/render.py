@@ -43,7 +43,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 from lib.cli import (
@@ -51,6 +50,7 @@ from lib.cli import (
     InputError,
     positive_finite_float,
     positive_int,
+    progress,
     run_script,
     seed,
 )
@@ -648,7 +648,7 @@ def is_finished(out: Path, name: str, views: int) -> bool:
 def follow(results, meshes: dict[str, Path], report: dict) -> None:
     """Puts the results of `render_all` into the report as they come, under a progress bar."""
     skipped = len(report["skipped"])
-    bar = tqdm(total=len(meshes), initial=skipped, desc="render", unit="mesh")
+    bar = progress(total=len(meshes), initial=skipped, desc="render", unit="mesh")
     with closing(results), bar:
         for name, error in results:
             if error:
