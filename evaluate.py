@@ -36,7 +36,7 @@ import data
 import pretrained
 import sample
 from lib.archives import list_id
-from lib.checkpoints import image_size, tensor_hash
+from lib.checkpoints import tensor_hash
 from lib.cli import (
     ArgumentParser,
     InputError,
@@ -503,7 +503,7 @@ def check_checkpoints(args) -> None:
     """
     smallest = 11 if args.lpips == "none" else 32
     for path in args.ckpt:
-        size = image_size(path)
+        size = pretrained.image_size(path)
         if size < smallest:
             raise InputError(
                 f"--ckpt {path}: makes {size} pixels; LPIPS takes 32 "
@@ -554,7 +554,7 @@ def evaluate_checkpoint(
     pairs = from_rank_0(pairs, world)
     mean_image = from_rank_0(mean_image, world)
 
-    sampler = {**sample.sampler_flags(args), "precision": precision}
+    sampler = sample.sampler_settings(args, precision)
     predict = functools.partial(
         sample_pairs,
         model=model,

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import data
 from lib.archives import ARCHIVE_FORMAT, read_manifest, save_manifest, save_shard, shard_path
-from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, run_script
+from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, progress, run_script
 from lib.distributed import from_rank_0, join_ranks, leave_ranks, open_device, wait_for_all
 from lib.files import lock, write_atomically
 from lib.formats import read_tensors
@@ -283,7 +283,7 @@ def fit_pca(
     K = --pca. Raises InputError where there are fewer such patches than components.
     """
     count, total, outer = 0, 0, 0  # of the foreground tokens: number, sum, sum of outer products
-    for batch in tqdm(batches, desc="fitting the PCA", unit="batch"):
+    for batch in progress(batches, desc="fitting the PCA", unit="batch"):
         with autocast(device, args.precision):
             patch = encoder(batch["image"].to(device))[1].double()
         foreground = patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5
@@ -531,7 +531,7 @@ def main() -> None:
     mine = dict(list(missing.items())[rank::world])
     total = round(mean_views * sum(map(len, mine.values())))
     what = "archiving" if world == 1 else f"archiving, rank 0 of {world}"
-    with tqdm(total=total, desc=what, unit="view", disable=rank > 0) as bar:
+    with progress(total=total, desc=what, unit="view", disable=rank > 0) as bar:
         skipped = write_shards(mine, encoder, codec, args, device, bar)
     if skipped:
         print_skipped(skipped)

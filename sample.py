@@ -28,17 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import pretrained
 from data import seeded
 from lib import cli
-from lib.checkpoints import image_size
 from lib.cli import ArgumentParser, InputError, run_script
 from lib.distributed import open_device
 from lib.images import list_photos, load_photo, write_views
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
-from pretrained import autocast, encode
+from pretrained import autocast, encode, image_size
 
 # ------------------------------------------------------------------------------ steps of a sampler
 
@@ -497,7 +495,7 @@ def main() -> None:
     batches = len(poses)
     if not args.stochastic_conditioning:
         batches = math.ceil(len(poses) / args.batch_size)
-    with tqdm(total=len(images) * args.steps * batches, unit="step") as bar:
+    with cli.progress(total=len(images) * args.steps * batches, unit="step") as bar:
         for path, image in images.items():
             bar.set_description(path.name)
             trajectory = {t: [] for t in saved_timesteps}  # of each, x0 batch by batch

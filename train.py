@@ -528,7 +528,7 @@ def check_memory(model: NovelViewModel, device: torch.device) -> None:
     if free is not None and needed > free:
         raise InputError(
             f"--width {model.args['model_channels']}: the model's {parameters / 1e6:.0f} M "
-            f"parameters take {needed / 1e9:.1f} GB more (EMA, gradients and AdamW: 16 bytes each), "
+            f"parameters take {needed / 1e9:.1f} GB more (EMA, gradients, AdamW: 16 bytes each); "
             f"{free / 1e9:.1f} GB are free on {device}; presets/small.txt is a small model"
         )
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lib.cli import InputError, one_line
 from lib.files import flush, write_text
-from lib.formats import find_weights, read_tensors
+from lib.formats import read_tensors
 
 # ------------------------------------------------------------------------------- model.safetensors
 
@@ -95,18 +95,6 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]] | None:
         raise InputError(f"{path}: damaged, its checksum does not match")
     meta["sha256"] = expected
     return meta, tensors
-
-
-def image_size(path: str) -> int:
-    """The side in pixels of the images that a --ckpt makes: its own, or Zero-1-to-3's 256.
-
-    Raises InputError.
-    """
-    file = find_weights(path)
-    if file.suffix != ".safetensors" or not file.is_file():
-        return 256
-    meta = read_meta(file)
-    return 256 if meta is None else meta["image_size"]
 
 
 # ---------------------------------------------------------------------------------- run folders

@@ -1,4 +1,4 @@
-"""What every script's command line shares: errors in one line, checked flags, help with defaults, presets."""
+"""What every command line shares: errors in one line, checked flags, help, presets."""
 
 import argparse
 import contextlib
@@ -7,14 +7,13 @@ import re
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line that names the file or the flag."""
+    """What the user gave is wrong. The message is one line that names the file or the flag."""
 
 
 def one_line(error: BaseException) -> str:
@@ -51,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
     def error(self, message: str):
-        """Raises InputError: `argument --lr: -1: must be above 0` becomes `--lr -1: must be above 0`."""
+        """Raises InputError: `argument --lr: -1: must be ...` becomes `--lr -1: must be ...`."""
         message = re.sub(r"^argument ([^\s:]+): ", r"\1 ", message)
         raise InputError(f"{message} (--help lists the flags)")
 
@@ -143,7 +142,7 @@ def stop_with(message: str) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line on an error whose cause is the machine's: memory, /dev/shm, open files, a dead worker.
+    """One line on an error of the machine: memory, /dev/shm, open files, a dead worker.
 
     None for any other error, which is a bug.
     """
@@ -218,53 +217,3 @@ def end_progress_bars() -> None:
     """Closes tqdm's bars, so that what is printed next starts on a new line."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-
-
-# ---- until every script uses the types above
-
-
-def require_positive(args: argparse.Namespace, *flags: str) -> None:
-    """Raises InputError naming the first of the flags that is not above zero, or a --seed, --workers, ... below it."""
-    for flag in flags:
-        if not getattr(args, flag) > 0:  # NaN is not
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be above 0")
-    for flag in ("seed", "workers", "orbit", "save_x0"):
-        if getattr(args, flag, 0) < 0:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must not be negative")
-    if getattr(args, "seed", 0) >= 2**63:
-        raise InputError(f"--seed {args.seed}: below 2^63")
-
-
-SPECS = {
-    "": {"image_size": int, "val_fraction": float},
-    "encoder": {"name": str, "weights": str, "layers": list, "image_size": int, "cls_dim": int, "feature_dim": int,
-                "tokens": int, "sha256": str},
-    "codec": {"name": str, "channels": int, "factor": int, "scale": float, "sha256": str},
-}  # fmt: skip
-
-
-def check_specs(path: Path, meta: dict) -> None:
-    """Whether what a manifest or a checkpoint says of the frozen networks could be so: types, and sizes to allocate.
-
-    Raises InputError naming the file.
-    """
-    for part, kinds in SPECS.items():
-        spec = meta.get(part) if part else meta
-        for key, kind in kinds.items():
-            value = spec.get(key) if isinstance(spec, dict) else None
-            ok = type(value) is kind or (kind is float and type(value) is int)
-            if ok and kind in (int, float):
-                ok = (
-                    (kind is int and key != "feature_dim")
-                    <= value
-                    <= (4096 if "size" in key else 2**20)
-                )
-            if not ok or (kind is list and any(type(each) is not int for each in value)):
-                raise InputError(
-                    f"{path}: malformed metadata, {f'{part} {key}'.strip()} {str(value)[:50]!r}"
-                )
-    codec = meta["codec"]
-    if meta["image_size"] % codec["factor"] or not isinstance(
-        codec.get("source"), (str, type(None))
-    ):
-        raise InputError(f"{path}: malformed metadata, codec {str(codec)[:200]}")

@@ -185,12 +185,3 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
-def set_up(args, backend: str = "gloo") -> tuple[torch.device, int, int]:
-    """Until every script calls the two itself."""
-    device, args.precision = open_device(args.device, args.precision)
-    return device, *join_ranks(backend)
-
-
-agree = any_rank

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import pretrained
@@ -24,7 +23,7 @@ import sample
 from data import TAN_HALF_FOV
 from evaluate import psnr
 from lib import cli
-from lib.cli import ArgumentParser, InputError, run_script
+from lib.cli import ArgumentParser, InputError, progress, run_script
 from lib.distributed import open_device
 from lib.files import check_writable, write_jsonl
 from lib.images import labelled_grid, load_image, save_picture
@@ -167,7 +166,7 @@ def main() -> None:
     grid_rows = [list(first_images[1:])]
     lines = []
     runs = [(way, seed) for way in WAYS for seed in args.seeds]
-    for way, seed in tqdm(runs, unit="run"):
+    for way, seed in progress(runs, unit="run"):
         scores = []
         for index, (images, depths, w2c) in enumerate(orbits):
             poses = data.relative_pose(w2c[:1], w2c[1:])

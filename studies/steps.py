@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import pretrained
 import sample
 from data import seeded
 from evaluate import fixed_pairs, load_pairs, psnr
 from lib import cli
-from lib.cli import ArgumentParser, run_script
+from lib.cli import ArgumentParser, progress, run_script
 from lib.distributed import open_device
 from lib.files import check_writable, write_atomically, write_jsonl
 
@@ -138,7 +137,7 @@ def main() -> None:
     targets = torch.cat([target for _, target, _ in batches])
     converged = sample_pairs("ddim", 0.0, CONVERGED)
     lines = []
-    for steps in tqdm(step_counts, unit="setting"):
+    for steps in progress(step_counts, unit="setting"):
         for way, (sampler, eta) in WAYS.items():
             views = sample_pairs(sampler, eta, steps)
             to_converged = None if eta else psnr(views, converged).mean().item()

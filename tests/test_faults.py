@@ -134,7 +134,11 @@ def poison(steps) -> None:
 
 @pytest.fixture(autouse=True)
 def restore(monkeypatch):
-    for module, name in ((train, "learning_rate"), (train, "training_losses"), (data, "SHARD_OBJECTS")):
+    for module, name in (
+        (train, "learning_rate"),
+        (train, "training_losses"),
+        (data, "SHARD_OBJECTS"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield

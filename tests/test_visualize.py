@@ -69,7 +69,7 @@ def archive(tmp_path):
         "cls": torch.randn(6, 8).half(),
         "patch": patch.half(),
         "alpha": alpha,
-        "pose": poses,
+        "pose": look_at(1.2, azimuths, 2.0).float().repeat(2, 1, 1),
         "view": torch.tensor([0, 1, 2, 0, 1, 2]),
         "view_offset": torch.tensor([0, 3, 6]),
     }

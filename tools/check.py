@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
-from lib.cli import ArgumentParser, InputError, nonnegative_int, run_script
+from lib.cli import ArgumentParser, InputError, nonnegative_int, progress, run_script
 from lib.files import write_atomically
 from lib.images import IMAGE_EXTENSIONS, open_image
 
@@ -93,12 +92,12 @@ def check(root: Path, workers: int) -> tuple[int, list[str]]:
     reports = DataLoader(
         names, batch_size=None, collate_fn=partial(check_object, root), num_workers=workers
     )
-    progress = tqdm(reports, desc="check", unit="object", total=len(names))
+    bar = progress(reports, desc="check", unit="object", total=len(names))
     counts = Counter()  # by (severity, kind)
     examples = defaultdict(list)
     sound = []
     views = 0
-    for name, report in zip(names, progress, strict=True):
+    for name, report in zip(names, bar, strict=True):
         views += report.sound_views
         if report.sound:
             sound.append(name)

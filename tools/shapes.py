@@ -12,7 +12,6 @@ the data set. Each view also gets %03d_depth.npy: float16 depth along the optica
 background.
 """
 
-import argparse
 import colorsys
 import math
 from functools import partial
@@ -23,10 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data import TAN_HALF_FOV, camera_centre
-from lib.cli import HelpFormatter, InputError, require_positive, run_script
+from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, progress, run_script
 from tools.check import add_workers, write_list
 
 LIGHT = np.array([0.35, 0.2, 0.9]) / np.linalg.norm([0.35, 0.2, 0.9])  # the direction towards it
@@ -563,29 +561,24 @@ def shapes(
     torch.set_num_threads(1)
     # The DataLoader serves as an ordered parallel map: collate_fn runs in the workers.
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
-    write_list(out, list(tqdm(loader, desc="shapes", unit="object")))
+    write_list(out, list(progress(loader, desc="shapes", unit="object")))
     torch.set_num_threads(threads)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m tools.shapes",
-        description="Render procedural objects: RGBA, poses and depth.",
-        formatter_class=HelpFormatter,
-    )
+    parser = ArgumentParser(__doc__, prog="python -m tools.shapes")
     flag = parser.add_argument
     flag("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     flag("--kind", choices=["cars", "blocks"], default="cars", help="what the objects are")
-    flag("--objects", type=int, default=512, help="number of objects")
-    flag("--views", type=int, default=12, help="views of each object (Zero-1-to-3: 12)")
-    flag("--size", type=int, default=32, help="width and height in pixels")
-    flag("--seed", type=int, default=0, help="object i depends on this and i only")
+    flag("--objects", type=positive_int, default=512, help="number of objects")
+    flag("--views", type=positive_int, default=12, help="views of each object (Zero-1-to-3: 12)")
+    flag("--size", type=positive_int, default=32, help="width and height in pixels")
+    flag("--seed", type=nonnegative_int, default=0, help="object i depends on this and i only")
     flag("--orbit", action="store_true", help="views evenly around the object, not anywhere")
     flag("--plain", action="store_true", help="blocks: one colour a primitive, not one a side")
     flag("--device", choices=["cpu", "cuda"], default="cpu", help="where to render")
     add_workers(parser)
     args = parser.parse_args()
-    require_positive(args, "objects", "views", "size")
     if args.plain and args.kind != "blocks":
         raise InputError("--plain: for --kind blocks; cars have a colour a part")
     shapes(
