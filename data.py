@@ -88,15 +88,18 @@ def spherical(w2c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return theta, phi, r
 
 
-def relative_pose(cond: Tensor, target: Tensor) -> Tensor:
+def relative_pose(cond: Tensor, target: Tensor, encoding: str = "zero123") -> Tensor:
     """The camera move from cond to target, two (...,3,4) -> (...,4) float32.
 
-    [theta_t - theta_c, sin(dphi), cos(dphi), r_t - r_c], as Zero-1-to-3's get_T has it.
+    "zero123": [theta_t - theta_c, sin(dphi), cos(dphi), r_t - r_c], as Zero-1-to-3's get_T has it.
+    "elevation": the fourth number is theta_c in radians, as in Stable Zero123. The first encoding
+    leaves out from which elevation the move starts.
     """
     both = torch.stack(torch.broadcast_tensors(cond, target))
     theta, phi, r = spherical(both.double())  # (2,...) each: cond's and target's
     dphi = phi[1] - phi[0]
-    return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), r[1] - r[0]], dim=-1).float()
+    fourth = theta[0] if encoding == "elevation" else r[1] - r[0]
+    return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), fourth], dim=-1).float()
 
 
 def check_pose(pose: np.ndarray, tolerance: float = 5) -> list[str]:
@@ -326,10 +329,19 @@ class ImagePairs(torch.utils.data.Dataset):
     """Pairs of rendered views, for training with the encoders in the loop.
 
     A list of positions gives {"cond", "target": (B,3,size,size) in [-1,1], "pose": (B,4)}.
+    pose_encoding: see relative_pose.
     Raises InputError naming a file that is bad (`python -m tools.check` lists what is sound).
     """
 
-    def __init__(self, root: str, names: list[str], size: int, seed: int = 0):
+    def __init__(
+        self,
+        root: str,
+        names: list[str],
+        size: int,
+        seed: int = 0,
+        pose_encoding: str = "zero123",
+    ):
+        self.pose_encoding = pose_encoding
         self.root = root
         self.names = names
         self.size = size
@@ -355,7 +367,9 @@ class ImagePairs(torch.utils.data.Dataset):
         cond_image, cond_pose = views[cond]
         target_image, target_pose = views[target]
         move = relative_pose(
-            torch.from_numpy(read_pose(cond_pose)), torch.from_numpy(read_pose(target_pose))
+            torch.from_numpy(read_pose(cond_pose)),
+            torch.from_numpy(read_pose(target_pose)),
+            self.pose_encoding,
         )
         return load_image(cond_image, self.size)[0], load_image(target_image, self.size)[0], move
 
@@ -386,13 +400,20 @@ class Archive(torch.utils.data.Dataset):
 
     images: the tree that was archived; batches then hold "cond" (B,3,H,W), the condition's image,
         in place of "patch".
-    patch: whether to read patch features, where there are any.
+    patch: whether to read patch features, where there are any. pose_encoding: see relative_pose.
     Raises InputError naming a file that is missing, damaged, or of another archive.
     """
 
     def __init__(
-        self, root: str, split: str, seed: int = 0, images: str | None = None, patch: bool = True
+        self,
+        root: str,
+        split: str,
+        seed: int = 0,
+        images: str | None = None,
+        patch: bool = True,
+        pose_encoding: str = "zero123",
     ):
+        self.pose_encoding = pose_encoding
         self.root = root
         self.seed = seed
         self.images = images
@@ -517,7 +538,9 @@ class Archive(torch.utils.data.Dataset):
             "target_logvar": self.gather("latent_logvar", target),
             "latent": self.gather("latent_mean", cond),
             "cls": self.gather("cls", cond),
-            "pose": relative_pose(self.gather("pose", cond), self.gather("pose", target)),
+            "pose": relative_pose(
+                self.gather("pose", cond), self.gather("pose", target), self.pose_encoding
+            ),
         }
         if self.images:
             batch["cond"] = torch.stack([self.image(*view) for view in cond_views])

@@ -267,20 +267,29 @@ def shuffled(pairs: list[dict], seed: int) -> list[dict]:
 
 
 def load_pairs(pairs: list[dict], size: int) -> dict:
-    """{"pairs", "cond" and "target" (B,3,size,size) in [-1,1], "pose" (B,4)}.
+    """{"pairs", "cond" and "target" (B,3,size,size) in [-1,1], "w2c" (B,2,3,4): their cameras}.
 
     Raises InputError naming a file that can't be read.
     """
-    moves = []
+    cameras = []
     for pair in pairs:
-        cond_pose, target_pose = (torch.from_numpy(data.read_pose(path)) for path in pair["move"])
-        moves.append(data.relative_pose(cond_pose, target_pose))
+        cameras.append(np.stack([data.read_pose(path) for path in pair["move"]]))
     return {
         "pairs": pairs,
         "cond": torch.stack([load_image(pair["cond"], size)[0] for pair in pairs]),
         "target": torch.stack([load_image(pair["target"], size)[0] for pair in pairs]),
-        "pose": torch.stack(moves),
+        "w2c": torch.from_numpy(np.stack(cameras)),
     }
+
+
+def condition_of(batch: dict, model, encoder, codec) -> dict[str, Tensor]:
+    """What the model is conditioned on for a batch of `load_pairs`, on the model's device."""
+    device = next(model.parameters()).device
+    condition = sample.condition_on(batch["cond"].to(device), encoder, codec)
+    cond_w2c, target_w2c = batch["w2c"].unbind(1)
+    move = data.relative_pose(cond_w2c, target_w2c, model.pose_encoding)
+    condition["pose"] = move.to(device)
+    return condition
 
 
 # ------------------------------------------------------------------- what is scored: batch -> views
@@ -291,9 +300,7 @@ def sample_pairs(batch: dict, model, encoder, codec, sampler: dict, seed: int, s
 
     sampler: keyword arguments of `sample.ddim`.
     """
-    device = next(model.parameters()).device
-    condition = sample.condition_on(batch["cond"].to(device), encoder, codec)
-    condition["pose"] = batch["pose"].to(device)
+    condition = condition_of(batch, model, encoder, codec)
     for number in range(samples):
         generators = [
             data.seeded(seed, pair["object"], pair["view"], number) for pair in batch["pairs"]
@@ -542,7 +549,7 @@ def evaluate_checkpoint(
 ) -> list[dict]:
     """The lines of a checkpoint's rows and of the baselines on its pairs. Rank 0 writes them."""
     model, encoder, codec, meta = pretrained.load_checkpoint(
-        path, device, args.encoder_weights, args.vae
+        path, device, args.encoder_weights, args.vae, args.pose
     )
     size = meta["image_size"]
     val_fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction

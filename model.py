@@ -615,6 +615,8 @@ class NovelViewModel(nn.Module):
             to train from scratch, "v" or "x0". A network narrower than its input has no room for
             the noise that eps and v hold; the image is simpler (Li & He 2025, "Back to Basics: Let
             Denoising Generative Models Denoise").
+        pose_encoding: what the four numbers of a camera move are, "zero123" or "elevation"; see
+            data.relative_pose.
         pose_embedding: how the camera move enters: "token", in the context token alone (the paper
             and Zero-1-to-3), or "mlp", also in the timestep embedding (ours; see make_pose_mlp).
         The others are UNet's.
@@ -625,6 +627,7 @@ class NovelViewModel(nn.Module):
         *,
         cls_dim: int = 1024,
         prediction: str = "eps",
+        pose_encoding: str = "zero123",
         pose_embedding: str = "token",
         in_channels: int = 8,
         out_channels: int = 4,
@@ -642,6 +645,8 @@ class NovelViewModel(nn.Module):
         super().__init__()
         if pose_embedding not in ("token", "mlp"):
             raise ValueError(f"pose_embedding is token or mlp, not {pose_embedding!r}")
+        if pose_encoding not in ("zero123", "elevation"):
+            raise ValueError(f"pose_encoding is zero123 or elevation, not {pose_encoding!r}")
         unet_args = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -659,10 +664,12 @@ class NovelViewModel(nn.Module):
         own_args = {
             "cls_dim": cls_dim,
             "prediction": prediction,
+            "pose_encoding": pose_encoding,
             "pose_embedding": pose_embedding,
         }
         self.args = {**own_args, **unet_args}  # a checkpoint keeps them, to rebuild the model
         self.prediction = prediction
+        self.pose_encoding = pose_encoding
         # Made before the UNet, so that its random weights are the same with and without features.
         self.cc_projection = make_cc_projection(cls_dim, context_dim)
         self.unet = UNet(**unet_args)

@@ -507,19 +507,26 @@ def open_codec(spec: dict, source: str | None = None, advice: str = "") -> nn.Mo
 
 
 def load_checkpoint(
-    path: str, device="cpu", encoder_weights: str | None = None, vae: str | None = None
+    path: str,
+    device="cpu",
+    encoder_weights: str | None = None,
+    vae: str | None = None,
+    pose: str | None = None,
 ) -> tuple[NovelViewModel, ImageEncoder, nn.Module, dict]:
     """(model with EMA weights in eval mode, encoder, codec, meta) of a --ckpt: ours, or zero123's.
 
-    encoder_weights, vae: where these weights are, unless the checkpoint knows. meta: at least
+    encoder_weights, vae: where these weights are, unless the checkpoint knows. pose: --pose, the
+    pose encoding of a checkpoint that is not ours ("zero123" unless it is given). meta: at least
     "image_size", "val_fraction", "encoder" and "codec". Raises InputError.
     """
     file = find_weights(path)
     found = read_model(file) if file.suffix == ".safetensors" and file.is_file() else None
     if found is None:
-        model, encoder, codec, meta = open_foreign(path, encoder_weights, vae)
+        model, encoder, codec, meta = open_foreign(path, encoder_weights, vae, pose)
     else:
         meta, tensors, model = found
+        if pose not in (None, model.pose_encoding):
+            raise InputError(f"--pose {pose}: {file} was trained with {model.pose_encoding}")
         with naming(f"{file}: its image encoder or codec cannot be built"):
             encoder = open_encoder(meta["encoder"], encoder_weights, tensors)
             codec = open_codec(meta["codec"], vae)
@@ -581,7 +588,7 @@ def check_values(meta: dict) -> None:
 
 
 def open_foreign(
-    path: str, encoder_weights: str | None, vae: str | None
+    path: str, encoder_weights: str | None, vae: str | None, pose: str | None
 ) -> tuple[NovelViewModel, ImageEncoder, nn.Module, dict]:
     """`load_checkpoint` of a zero123 checkpoint, whatever holds it."""
     parts = ["unet", "cc_projection"]
@@ -595,8 +602,13 @@ def open_foreign(
         heads = read_heads(source)
         if heads is not None:
             model_args["num_heads"] = heads
-        model = NovelViewModel(**model_args)
+        model = NovelViewModel(**model_args, pose_encoding=pose or "zero123")
     load_pretrained(model, weights, f"ckpt {path}")
+    if pose is None and "stable" in str(path).lower():
+        print(
+            f"WARNING: {path}: by its name a Stable Zero123, whose fourth pose number is the "
+            "input's elevation: give --pose elevation --input_elevation DEGREES, or --pose zero123"
+        )
 
     with hint("" if encoder_weights else "; give CLIP by --encoder_weights"):
         encoder = ImageEncoder(CLIP, str(encoder_weights or source), layers=())

@@ -487,7 +487,7 @@ def main() -> None:
     # Photos first: opening the networks takes long.
     images = load_photos(paths, image_size(args.ckpt), args.crop)
     model, encoder, codec, _ = pretrained.load_checkpoint(
-        args.ckpt, device, args.encoder_weights, args.vae
+        args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
 
     timesteps = ddim_timesteps(args.steps)

@@ -99,6 +99,7 @@ def architecture_of(source: str) -> dict:
         "heads": model["num_heads"],
         "context_dim": model["context_dim"],
         "prediction": model["prediction"],
+        "pose": model.get("pose_encoding", "zero123"),
         "pose_embedding": model.get("pose_embedding", "token"),
     }
 
@@ -148,6 +149,13 @@ def add_model_flags(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         default=True,
         help="add patch features to the UNet's encoder (3.3)",
+    )
+    flag(
+        "--pose",
+        choices=["zero123", "elevation"],
+        default="zero123",
+        help="numbers of a camera move: elevation has the input's polar angle in the place of the "
+        "change of distance (Stable Zero123's)",
     )
     flag(
         "--pose_embedding",
@@ -410,8 +418,10 @@ def open_data(args, device: torch.device, precision: str):
     encoder = None
     codec = None
     if args.archive:
-        train_set = data.Archive(args.archive, "train", args.seed, args.data, args.amalgamate)
-        val_set = data.Archive(args.archive, "val", 0, args.data, args.amalgamate)
+        train_set = data.Archive(
+            args.archive, "train", args.seed, args.data, args.amalgamate, args.pose
+        )
+        val_set = data.Archive(args.archive, "val", 0, args.data, args.amalgamate, args.pose)
         frozen = archived_networks(args.archive, train_set.manifest)
         if args.online:
             encoder = open_online_encoder(args, device)
@@ -422,8 +432,8 @@ def open_data(args, device: torch.device, precision: str):
         names = data.list_objects(args.data)
         train_names = data.split_objects(names, args.val_fraction, "train")
         val_names = data.split_objects(names, args.val_fraction, "val")
-        train_set = data.ImagePairs(args.data, train_names, args.image_size, args.seed)
-        val_set = data.ImagePairs(args.data, val_names, args.image_size, 0)
+        train_set = data.ImagePairs(args.data, train_names, args.image_size, args.seed, args.pose)
+        val_set = data.ImagePairs(args.data, val_names, args.image_size, 0, args.pose)
         frozen = {
             "encoder": encoder.spec(),
             "codec": pretrained.codec_spec(codec),
@@ -499,6 +509,7 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
         model = NovelViewModel(
             cls_dim=encoder["cls_dim"],
             prediction=args.prediction,
+            pose_encoding=args.pose,
             pose_embedding=args.pose_embedding,
             in_channels=2 * channels,
             out_channels=channels,

@@ -202,6 +202,7 @@ FIXED_FLAGS = (
     "context_dim",
     "amalgamate",
     "prediction",
+    "pose",
     "pose_embedding",
     "seed",
 )

@@ -151,7 +151,7 @@ def main() -> None:
     check_writable(out)
     device, precision = open_device(args.device, args.precision)
     model, encoder, codec, meta = pretrained.load_checkpoint(
-        args.ckpt, device, args.encoder_weights, args.vae
+        args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
     names = data.list_objects(args.data)[: args.objects]
     orbits = [load_orbit(args.data, name, meta["image_size"]) for name in names]

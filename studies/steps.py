@@ -17,7 +17,7 @@ from torch import Tensor
 import pretrained
 import sample
 from data import seeded
-from evaluate import fixed_pairs, load_pairs, psnr
+from evaluate import condition_of, fixed_pairs, load_pairs, psnr
 from lib import cli
 from lib.cli import ArgumentParser, progress, run_script
 from lib.distributed import open_device
@@ -55,13 +55,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_batches(pairs: list, size: int, batch_size: int, device, encoder, codec) -> list[tuple]:
+def load_batches(pairs: list, size: int, batch_size: int, model, encoder, codec) -> list[tuple]:
     """[(the first pair's number, true views (B,3,S,S), the model's condition), ...]"""
     batches = []
     for first in range(0, len(pairs), batch_size):
         batch = load_pairs(pairs[first : first + batch_size], size)
-        condition = sample.condition_on(batch["cond"].to(device), encoder, codec)
-        condition["pose"] = batch["pose"].to(device)
+        condition = condition_of(batch, model, encoder, codec)
         batches.append((first, batch["target"], condition))
     return batches
 
@@ -117,11 +116,11 @@ def main() -> None:
     check_writable(log)
     device, precision = open_device(args.device, args.precision)
     model, encoder, codec, meta = pretrained.load_checkpoint(
-        args.ckpt, device, args.encoder_weights, args.vae
+        args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
     val_fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
     pairs = fixed_pairs(args.data, val_fraction, "val", "pairs", args.pairs, meta.get("objects"))
-    batches = load_batches(pairs, meta["image_size"], args.batch_size, device, encoder, codec)
+    batches = load_batches(pairs, meta["image_size"], args.batch_size, model, encoder, codec)
 
     def sample_pairs(sampler: str, eta: float, steps: int) -> Tensor:
         """(pairs,3,S,S) in [-1,1]. The noise of pair i depends on (--seed, i) alone."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import call
 from PIL import Image
-from tools.cli import InputError
+from lib.cli import InputError
 
 import data
 from tools import shapes

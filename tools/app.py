@@ -243,7 +243,9 @@ def main() -> None:
     args = parser.parse_args()
     gr = import_gradio()
     device, precision = open_device(args.device, args.precision)
-    opened = pretrained.load_checkpoint(args.ckpt, device, args.encoder_weights, args.vae)
+    opened = pretrained.load_checkpoint(
+        args.ckpt, device, args.encoder_weights, args.vae, args.pose
+    )
     page = build_page(gr, opened, args, precision)
     try:
         page.launch(
