@@ -255,6 +255,17 @@ def move_between(start: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([targets[:, 0] - polar, turn_sin, turn_cos, targets[:, 3] - distance], dim=1)
 
 
+def encode_moves(moves: Tensor, polar: Tensor | float, encoding: str) -> Tensor:
+    """Camera moves (N,4) from a view, as a model of this pose encoding takes them.
+
+    polar: the view's own polar angle in radians. See data.relative_pose.
+    """
+    if encoding == "zero123":
+        return moves
+    fourth = torch.as_tensor(polar, dtype=moves.dtype, device=moves.device).expand(len(moves), 1)
+    return torch.cat([moves[:, :3], fourth], dim=1)
+
+
 def sample_views(
     image: Tensor,
     poses: Tensor,
@@ -266,12 +277,14 @@ def sample_views(
     batch_size: int = 16,
     stochastic_conditioning: bool = False,
     on_step=None,
+    input_elevation: float = 0.0,
 ) -> Tensor:
     """Views (N,3,H,W) in [-1,1], on the CPU, of an image (3,H,W) after the camera moves (N,4).
 
     The noise of view i depends on (seed, i) alone. settings: `ddim`'s keyword arguments, as from
     `sampler_settings`. With stochastic_conditioning the views come one at a time, and each is
-    conditioned on the image and on the views before it. Raises InputError where a view is not
+    conditioned on the image and on the views before it. input_elevation: from which the image was
+    taken, in degrees; only models of the pose encoding "elevation" read it. Raises InputError where a view is not
     finite.
     """
     device = next(model.parameters()).device
@@ -283,7 +296,11 @@ def sample_views(
     views = []
     for first in range(0, len(poses), batch_size):
         targets = poses[first : first + batch_size]
-        conditions = [with_moves(shown, move_between(move, targets)) for shown, move in seen]
+        conditions = []
+        for shown, move in seen:
+            polar = math.radians(90 - input_elevation) + move[0]
+            moves = encode_moves(move_between(move, targets), polar, model.pose_encoding)
+            conditions.append(with_moves(shown, moves))
         generators = [seeded(seed, first + i) for i in range(len(targets))]
         latent = ddim(model, conditions, generators, on_step=on_step, **settings)
         batch = decode(latent, codec)
@@ -365,6 +382,12 @@ def add_checkpoint_flags(group, nargs: str | None = None) -> None:
         "--encoder_weights", help="the image encoder's weights, where the checkpoint has none"
     )
     group.add_argument("--vae", help="the VAE's weights, where the checkpoint has none")
+    group.add_argument(
+        "--pose",
+        choices=["zero123", "elevation"],
+        help="pose encoding of a checkpoint that is not ours; elevation: Stable Zero123's "
+        "(default: zero123; ours know theirs)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument(
         "--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 on a GPU, else fp32"

@@ -145,6 +145,12 @@ def print_table(lines: list[dict], count: int, seeds: int, truth: list[float]) -
     print(f"| the true views | | {np.nanmean(truth):.2f} |")
 
 
+def elevation_of(w2c: Tensor) -> float:
+    """A camera's elevation in degrees, of its world-to-camera matrix (3,4)."""
+    polar, _, _ = data.spherical(w2c)
+    return 90 - math.degrees(polar)
+
+
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
@@ -180,6 +186,7 @@ def main() -> None:
                 seed * len(orbits) + index,
                 args.batch_size,
                 WAYS[way],
+                input_elevation=elevation_of(w2c[0]),
             )
             view_psnr = psnr(views, images[1:]).mean().item()
             scores.append((view_psnr, agreement(views, depths[1:], w2c[1:])))
