@@ -284,8 +284,8 @@ def sample_views(
     The noise of view i depends on (seed, i) alone. settings: `ddim`'s keyword arguments, as from
     `sampler_settings`. With stochastic_conditioning the views come one at a time, and each is
     conditioned on the image and on the views before it. input_elevation: from which the image was
-    taken, in degrees; only models of the pose encoding "elevation" read it. Raises InputError where a view is not
-    finite.
+    taken, in degrees; only models of the pose encoding "elevation" read it. Raises InputError
+    where a view is not finite.
     """
     device = next(model.parameters()).device
     poses = poses.to(device)

@@ -10,6 +10,7 @@ seed; the table has their mean and standard deviation.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import call
 from PIL import Image
-from lib.cli import InputError
 
 import data
+from lib.cli import InputError
 from tools import shapes
 from tools.shapes import look_at
 
