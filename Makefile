@@ -1,21 +1,16 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 DEMO := out/demo
-# What the demo trains: 32 px, no downloads. The random ViT stands in for DINOv2: its features mean nothing.
-FROZEN := --codec pixels --pixels_factor 4 --image_size 32 --encoder vit_tiny_patch16_224 --weights random \
-	--layers 3 7 11 --encoder_size 64 --val_fraction 0.0625 --precision fp32
-SMALL := --width 64 --channel_mult 1 2 --res_blocks 1 --attention 1 2 --heads 4 --context_dim 128
-
 .PHONY: demo ablation test clean
 
-# On a fresh machine, a CPU, no downloads beyond pip: shapes -> archive -> train -> sample -> evaluate; 8 min on two cores.
+# On a fresh machine, a CPU, nothing to download but Python packages: shapes, archive, train, sample, evaluate. The
+# random ViT of presets/frozen-small.txt stands in for DINOv2: its features mean nothing.
 demo: $(VENV)/demo
 	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
-		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 --views 12 --size 32 --plain && mv $(DEMO)/data.part $(DEMO)/data; }
-	$(PYTHON) precompute_dino.py --data $(DEMO)/data --archive $(DEMO)/archive $(FROZEN) --workers 1
-	$(PYTHON) train.py --archive $(DEMO)/archive --out $(DEMO) $(SMALL) --prediction x0 --t_sampling uniform \
-		--steps 1200 --batch_size 32 --accumulate 1 --lr 2e-3 --lr_min 1e-5 --cc_lr 3 --warmup 100 --ema 0.997 \
-		--precision fp32 --log_every 50 --val_every 400 --val_pairs 32 --preview_every 0 --save_every 400 --workers 1
+		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 && mv $(DEMO)/data.part $(DEMO)/data; }
+	$(PYTHON) precompute_dino.py @presets/frozen-small.txt --data $(DEMO)/data --archive $(DEMO)/archive --workers 1
+	$(PYTHON) train.py @presets/small.txt --archive $(DEMO)/archive --out $(DEMO) --steps 1200 --ema 0.997 \
+		--val_every 400 --val_pairs 32 --preview_every 0 --save_every 400 --workers 1
 	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00767/000.png --no-crop --orbit 12 --steps 10 --scale 2 \
 		--out $(DEMO)/views
 	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif
