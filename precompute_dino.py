@@ -29,6 +29,7 @@ A shard appears whole or not at all. The same command again writes the shards th
 
 import argparse
 import itertools
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ from tqdm import tqdm
 import data
 from lib.archives import ARCHIVE_FORMAT, read_manifest, save_manifest, save_shard, shard_path
 from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, progress, run_script
-from lib.distributed import from_rank_0, join_ranks, leave_ranks, open_device, wait_for_all
+from lib.distributed import join_ranks, leave_ranks, on_rank_0, open_device, wait_for_all
 from lib.files import lock, write_atomically
 from lib.formats import read_tensors
 from lib.images import load_image
@@ -369,12 +370,23 @@ def make_frozen(args: argparse.Namespace, names: list[str], device: torch.device
     write_atomically(frozen_path(args), lambda path: save_file(tensors, path))
 
 
-def missing_shards(args: argparse.Namespace, names: list[str]) -> dict[int, list[str]]:
-    """Shard -> names of its objects, for the shards that are not there yet."""
+def settle(args: argparse.Namespace, device: torch.device) -> tuple[list[str], list[int]]:
+    """(all objects, the shards that are missing), after making what all ranks will open."""
+    names = data.list_objects(args.data)
+    data.warn_of_odd_poses(args.data, names)
+    if not check_begun(args, names):
+        make_frozen(args, names, device)
+    shards = range(math.ceil(len(names) / data.SHARD_OBJECTS))
+    missing = [shard for shard in shards if not shard_path(args.archive, shard).exists()]
+    return names, missing
+
+
+def members_of(names: list[str], shards: list[int]) -> dict[int, list[str]]:
+    """Shard -> names of its objects."""
     members = {}
-    for shard, first in enumerate(range(0, len(names), data.SHARD_OBJECTS)):
-        if not shard_path(args.archive, shard).exists():
-            members[shard] = names[first : first + data.SHARD_OBJECTS]
+    for shard in shards:
+        first = shard * data.SHARD_OBJECTS
+        members[shard] = names[first : first + data.SHARD_OBJECTS]
     return members
 
 
@@ -452,6 +464,24 @@ def print_storage_error(
         )
 
 
+def begin(
+    args: argparse.Namespace,
+    names: list[str],
+    missing: list[int],
+    encoder,
+    codec,
+    device: torch.device,
+) -> float:
+    """Prints what will be written, and writes the manifest. Returns the views an object, a mean."""
+    mean_views = views_per_object(args, names)
+    objects = sum(map(len, members_of(names, missing).values()))
+    check_space(args, objects, mean_views, encoder, codec)
+    save_or_check_manifest(args, names, encoder, codec)
+    if missing and args.layers and (args.pca or args.patch_dtype == "fp8"):
+        print_storage_error(args, names, encoder, device)
+    return mean_views
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -506,33 +536,19 @@ def main() -> None:
     device, args.precision = open_device(args.device, args.precision)
     rank, world = join_ranks()
 
+    held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (until the end)
+
     # Rank 0 settles what all ranks share. A network's file system may show them different files.
-    missing = None
-    if rank == 0:
-        held = lock(Path(args.archive), "--archive")  # noqa: F841 (held as long as this lives)
-        names = data.list_objects(args.data)
-        data.warn_of_odd_poses(args.data, names)
-        if not check_begun(args, names):
-            make_frozen(args, names, device)
-        missing = missing_shards(args, names)
-    missing = from_rank_0(missing, world)
+    names, missing = on_rank_0(lambda: settle(args, device), rank, world)
     own = read_tensors(frozen_path(args)) if frozen_path(args).exists() else {}
     encoder, codec = open_frozen(args, device, own)
+    mean_views = on_rank_0(lambda: begin(args, names, missing, encoder, codec, device), rank, world)
 
-    mean_views = 0.0
-    if rank == 0:
-        mean_views = views_per_object(args, names)
-        check_space(args, sum(map(len, missing.values())), mean_views, encoder, codec)
-        save_or_check_manifest(args, names, encoder, codec)
-        if missing and args.layers and (args.pca or args.patch_dtype == "fp8"):
-            print_storage_error(args, names, encoder, device)
-    wait_for_all(world)
-
-    mine = dict(list(missing.items())[rank::world])
-    total = round(mean_views * sum(map(len, mine.values())))
+    members = members_of(names, missing[rank::world])
+    total = round(mean_views * sum(map(len, members.values())))
     what = "archiving" if world == 1 else f"archiving, rank 0 of {world}"
     with progress(total=total, desc=what, unit="view", disable=rank > 0) as bar:
-        skipped = write_shards(mine, encoder, codec, args, device, bar)
+        skipped = write_shards(members, encoder, codec, args, device, bar)
     if skipped:
         print_skipped(skipped)
     wait_for_all(world)

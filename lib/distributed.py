@@ -89,6 +89,20 @@ def from_rank_0(value, world: int):
     return box[0]
 
 
+def on_rank_0(work, rank: int, world: int):
+    """What work() returns on rank 0, on every rank. Its InputError is raised on every rank, too."""
+    result, message = None, None
+    if rank == 0:
+        try:
+            result = work()
+        except InputError as error:
+            message = str(error)
+    result, message = from_rank_0((result, message), world)
+    if message is not None:
+        raise InputError(message)
+    return result
+
+
 def gather_objects(value, world: int) -> list:
     """Every rank's value, in the order of the ranks, on every rank."""
     if world == 1:

@@ -166,6 +166,14 @@ def test_torchrun_archives_the_same(tree, archive, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_rank_0_refuses_every_rank_refuses(tree, archive):
+    flags = ["--data", tree, "--archive", archive, *ARCHIVE, "--encoder_size", 32]
+    done = script("precompute_dino", *flags, nproc=2, check=False)
+    assert f"error: --encoder_size 32: {archive / 'manifest.json'} says 64" in done.stderr
+    assert "Connection closed" not in done.stderr  # what a rank would say that waits for rank 0
+
+
+@pytest.mark.slow
 def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch):
     """By aot_eager, without inductor's code. The second batch has 12 views in place of 36."""
     compiler = functools.partial(torch.compile, backend="aot_eager")
