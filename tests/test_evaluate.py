@@ -141,10 +141,8 @@ def test_checkpoints_are_looked_at_before_anything_is_fetched(
     run, tree, tmp_path, no_network, capsys
 ):
     out = tmp_path / "e"
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(InputError, match="empty: no checkpoint in this folder"):
-        score(run, tree, out, "--lpips", "alex", "--ckpt", run, empty)
+    with pytest.raises(InputError, match="missing: no such file or run"):
+        score(run, tree, out, "--lpips", "alex", "--ckpt", run, tmp_path / "missing")
     assert "no LPIPS" not in capsys.readouterr().out
     assert not out.exists()
 
