@@ -42,15 +42,16 @@ from pretrained import autocast, encode, image_size
 
 
 def ddim_timesteps(steps: int) -> list[int]:
-    """`steps` timesteps, evenly spaced, the noisiest first. Raises InputError unless 1 to 1000.
+    """`steps` timesteps, evenly spaced from 999 down to 0. Raises InputError unless 1 to 1000.
 
-    Deviation: they start at 999, where the noise is strongest and where sampling really starts.
-    Zero-1-to-3 leaves 999 out. Our last step returns its predicted x0; Zero-1-to-3's goes from
-    t = 1 to alpha_bar_0.
+    The sample is the x0 predicted at t = 0 (at 999, where there is only one step).
+    Deviation: Zero-1-to-3 takes every (1000 // steps)-th timestep from 1 on: 1 to 981 for 50 steps.
+    It leaves out 999, where sampling really starts. Its last step goes from t = 1 to alpha_bar_0,
+    which leaves a little noise in the sample.
     """
     if not 1 <= steps <= TIMESTEPS:
         raise InputError(f"--steps {steps}: must be from 1 to {TIMESTEPS}")
-    return [round(TIMESTEPS * (1 - i / steps)) - 1 for i in range(steps)]
+    return [round(t) for t in np.linspace(TIMESTEPS - 1, 0, steps)]
 
 
 def ddim_step(
@@ -89,8 +90,8 @@ def dpm_step(
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): from x_t to the next, less noisy latent.
 
     It is deterministic. x0: what the model predicts at x_t, (B,C,H,W). previous_x0: what it
-    predicted one step before. The two give x0 in the middle of the step (second order); the first
-    step has no previous_x0 and is of first order.
+    predicted one step before. The two give x0 in the middle of the step (second order). Without
+    previous_x0 the step is of first order.
     """
     now = half_log_snr(alpha_bar)
     h = half_log_snr(alpha_bar_next) - now  # infinite where a schedule starts at zero SNR
@@ -186,6 +187,8 @@ def ddim(
         if i == steps - 1:
             break  # the last predicted x0 is the sample
         if sampler == "dpm":
+            if i == steps - 2:
+                previous_x0 = None  # the last step spans so much log SNR that x0 would overshoot
             previous_alpha_bar = alpha_bars[i - 1] if i > 0 else None
             x = dpm_step(x, x0, previous_x0, previous_alpha_bar, alpha_bars[i], alpha_bars[i + 1])
             previous_x0 = x0

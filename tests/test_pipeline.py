@@ -283,8 +283,13 @@ def test_ddim_step_keeps_the_marginal():
 
 
 def test_ddim_timesteps():
-    assert sample.ddim_timesteps(1) == [999] and sample.ddim_timesteps(4) == [999, 749, 499, 249]
+    assert sample.ddim_timesteps(1) == [999]
+    assert sample.ddim_timesteps(2) == [999, 0]
+    assert sample.ddim_timesteps(4) == [999, 666, 333, 0]
     assert sample.ddim_timesteps(1000) == list(range(999, -1, -1))
+    for steps in range(2, 1001):
+        timesteps = sample.ddim_timesteps(steps)
+        assert (timesteps[0], timesteps[-1], len(set(timesteps))) == (999, 0, steps)
 
 
 def test_camera_moves_are_relative_poses():
@@ -310,7 +315,7 @@ def test_sample_script(run, tree, tmp_path):
     assert np.abs(views[0][0] - views[0][1]).max() > 0
     assert Image.open(folders[0] / "orbit.gif").n_frames == 4
     x0 = np.load(folders[0] / "x0.npz")
-    assert x0["x0"].shape == (2, 4, 32, 32, 3) and x0["t"].tolist() == [999, 332]
+    assert x0["x0"].shape == (2, 4, 32, 32, 3) and x0["t"].tolist() == [999, 0]
     assert (
         np.abs(x0["x0"][-1] - np.array(views[0])).max() == 0
     )  # the last predicted x0 is the sample

@@ -96,6 +96,31 @@ def test_dpm_solver_needs_fewer_steps_than_ddim(prediction):
     assert error("dpm", 100) < 0.02
 
 
+def share_kept(spread: float, sampler: str, steps: int, eta: float) -> float:
+    """The standard deviation of samples, as a share of the data's, with the best possible model."""
+    condition = {"latent": torch.zeros(1, 1, 256, 256)}
+    model = exact_model(spread, "eps")
+    sampled = sample.ddim(
+        model, [condition], [data.seeded(0)], steps, eta, scale=1.0, sampler=sampler
+    )
+    return sampled.std().item() / spread
+
+
+def test_fine_detail_survives_the_end_of_sampling():
+    """At detail of standard deviation .1, the data's being 1.
+
+    Timesteps that end at t = 19, as ours once did, keep .57, .59 and .60 of it.
+    """
+    assert share_kept(0.1, "ddim", 50, eta=1.0) == pytest.approx(0.617, abs=0.01)
+    assert share_kept(0.1, "ddim", 50, eta=0.0) == pytest.approx(0.748, abs=0.01)
+    assert share_kept(0.1, "dpm", 50, eta=0.0) == pytest.approx(0.763, abs=0.01)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.25, 0.5, 1.0])
+def test_dpm_solver_does_not_overshoot_at_the_end(spread):
+    assert share_kept(spread, "ddim", 20, eta=0.0) < share_kept(spread, "dpm", 20, eta=0.0) < 1.01
+
+
 def test_saved_steps_end_with_the_sample():
     assert sample.saved_steps(10, 0) == []
     assert sample.saved_steps(10, 1) == [9]
