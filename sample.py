@@ -6,21 +6,24 @@
     python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning
 
 Writes OUT/<image's name>/: input.png (what the model was shown), 000.png ... (one view for each
-camera move), grid.png, orbit.gif. Camera moves are relative to the input view: --azimuth turns the
-camera counter-clockwise about the object as seen from above, --elevation moves it up, --distance
-away. --ckpt takes a run, a step folder or a weights file of any format that pretrained.py reads.
+camera move), grid.png, orbit.gif and transforms.json (the views' cameras, for 3D reconstruction).
+Camera moves are relative to the input view: --azimuth turns the camera counter-clockwise about the
+object as seen from above, --elevation moves it up, --distance away. --ckpt takes a run, a step
+folder or a weights file of any format that pretrained.py reads.
 
 In the order of reading:
     steps of a sampler    ddim_timesteps, ddim_step, dpm_step
     what a step sees      guided_prediction (guidance), draw_condition (stochastic conditioning)
     the loop              ddim
     images and moves      condition_on, decode, camera_moves, move_between, sample_views
+    cameras               camera_to_world, write_transforms
     the command           flags, main
 
 Shapes: B batch, C latent channels, H W height and width (of latents, or of images), N views.
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -30,10 +33,11 @@ import torch
 from torch import Tensor
 
 import pretrained
-from data import seeded
+from data import TAN_HALF_FOV, seeded
 from lib import cli
 from lib.cli import ArgumentParser, InputError, run_script
 from lib.distributed import open_device
+from lib.files import write_atomically
 from lib.images import list_photos, load_photo, write_views
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from pretrained import autocast, encode, image_size
@@ -325,6 +329,58 @@ def with_moves(shown: dict[str, Tensor], moves: Tensor) -> dict[str, Tensor]:
     return rows
 
 
+# ----------------------------------------------------------------------------------------- cameras
+
+
+def camera_to_world(poses: Tensor, elevation: float, distance: float) -> Tensor:
+    """Camera moves (N,4) -> camera-to-world matrices (N,4,4) float64, with OpenGL's axes.
+
+    World z is up and the cameras look at the origin, x right, y up and z backwards. The input view
+    is at azimuth 0, at this elevation in degrees and this distance in scene units.
+    """
+    polar, turn_sin, turn_cos, further = poses.double().unbind(dim=1)
+    theta = math.pi / 2 - math.radians(elevation) + polar  # from +z
+    phi = torch.atan2(turn_sin, turn_cos)  # from +x, counter-clockwise
+    zero = torch.zeros_like(phi)
+    right = torch.stack([-phi.sin(), phi.cos(), zero], dim=1)
+    up = torch.stack([-theta.cos() * phi.cos(), -theta.cos() * phi.sin(), theta.sin()], dim=1)
+    backwards = torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], dim=1)
+    centre = (distance + further)[:, None] * backwards
+    matrices = torch.eye(4, dtype=torch.float64).repeat(len(poses), 1, 1)
+    matrices[:, :3] = torch.stack([right, up, backwards, centre], dim=2)
+    return matrices
+
+
+def write_transforms(
+    folder: Path, poses: Tensor, size: int, elevation: float, distance: float
+) -> None:
+    """FOLDER/transforms.json: the views' cameras, as nerfstudio and instant-ngp read them.
+
+    nerfstudio takes the focal length fl_x, instant-ngp either that or camera_angle_x. The original
+    Gaussian Splatting code wants transforms_train.json, transforms_test.json and file_path without
+    ".png" instead. The views are RGB on white and have no alpha. poses (N,4): the views' camera
+    moves; size: their side in pixels; elevation, distance: the input view's, as in camera_to_world.
+    """
+    focal_length = size / (2 * TAN_HALF_FOV)
+    matrices = camera_to_world(poses, elevation, distance)
+    transforms = {
+        "camera_model": "OPENCV",  # a pinhole, as no distortion is given
+        "camera_angle_x": 2 * math.atan(TAN_HALF_FOV),
+        "w": size,
+        "h": size,
+        "fl_x": focal_length,
+        "fl_y": focal_length,
+        "cx": size / 2,
+        "cy": size / 2,
+        "frames": [
+            {"file_path": f"{i:03d}.png", "transform_matrix": matrix.tolist()}
+            for i, matrix in enumerate(matrices)
+        ],
+    }
+    text = json.dumps(transforms, indent=1)
+    write_atomically(folder / "transforms.json", lambda path: path.write_text(text))
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -437,6 +493,18 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="N views evenly around the object, of which the first is at --azimuth",
     )
+    group.add_argument(
+        "--input_elevation",
+        type=cli.finite_float,
+        default=0.0,
+        help="degrees of the camera that took the photo above the object; for transforms.json",
+    )
+    group.add_argument(
+        "--input_distance",
+        type=cli.positive_finite_float,
+        default=1.85,
+        help="of that camera from the object, in scene units; for transforms.json",
+    )
     group = parser.add_argument_group("sampler (the paper names none of its settings)")
     add_sampler_flags(group)
     group.add_argument(
@@ -543,7 +611,11 @@ def main() -> None:
                 args.stochastic_conditioning,
                 on_step,
             )
-            write_views(Path(args.out, path.stem), image, views, labels, trajectory)
+            folder = Path(args.out, path.stem)
+            write_views(folder, image, views, labels, trajectory)
+            write_transforms(
+                folder, poses, image.shape[-1], args.input_elevation, args.input_distance
+            )
     where = Path(args.out, paths[0].stem) if len(paths) == 1 else Path(args.out)
     print(f"{len(images) * len(poses)} view(s) in {where}/")
     left_out = len(paths) - len(images)

@@ -24,6 +24,8 @@ FLAGS = {
     "seed": 0,
     "sampler": "ddim",
     "stochastic_conditioning": False,
+    "input_elevation": 10.0,
+    "input_distance": 2.0,
 }
 FIXED = {"eta": 1.0, "precision": "fp32"}  # what the page has no controls for
 
@@ -165,7 +167,7 @@ def test_the_page_starts_with_an_orbit_and_the_flags_of_the_command_line(open_pa
     assert generate.concurrency_limit == 1
     assert generate.concurrency_id != preview.concurrency_id
     values = [component.value for component in generate.inputs]
-    assert values == [None, True, 8, 0, 0, 0, 3, 1, 5, "dpm", False]
+    assert values == [None, True, 8, 0, 0, 0, 3, 1, 5, "dpm", False, 0, 1.85]
 
 
 def test_guidance_below_the_sliders_range_widens_it(open_page):

@@ -341,6 +341,7 @@ def test_sample_script(run, tree, tmp_path):
         "000.png",
         "input.png",
         "grid.png",
+        "transforms.json",
     }  # nothing of before
     shutil.copytree(tree / "00011", tmp_path / "e" / "000")
     call(sample, *flags, "--image", image, "--azimuth", 0, "--out", tmp_path / "e")

@@ -1,5 +1,7 @@
 """sample.py: samplers against cases solved by hand, moves, stochastic conditioning, photos."""
 
+import json
+import math
 import shutil
 import sys
 import types
@@ -184,6 +186,41 @@ def test_an_orbit_starts_at_the_azimuth():
     assert sample.orbit_azimuths(3, [45.0]) == [45, 165, 285]
     with pytest.raises(InputError, match="--azimuth: with --orbit"):
         sample.orbit_azimuths(3, [45.0, 90.0])
+
+
+def project(world_to_camera: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """World points (P,3) in a renderer's camera (3,4): (P,2), from -1 to 1 across the image."""
+    x, y, z = (points @ world_to_camera[:, :3].T + world_to_camera[:, 3]).unbind(1)
+    return torch.stack([x, y], dim=1) / (-z * data.TAN_HALF_FOV)[:, None]
+
+
+def test_transforms_are_the_renderers_cameras(tmp_path):
+    """Points of the world fall on the same pixels as with the cameras that render the data."""
+    elevation, distance, size = 20.0, 1.7, 64
+    azimuths = [0.0, 90.0, 200.0, -30.0]
+    elevations = [0.0, 15.0, -40.0, 60.0]
+    distances = [0.0, 0.1, 0.3, -0.2]
+    moves = sample.camera_moves(azimuths, elevations, distances)
+    sample.write_transforms(tmp_path, moves, size, elevation, distance)
+    transforms = json.loads((tmp_path / "transforms.json").read_text())
+    assert (transforms["w"], transforms["h"]) == (size, size)
+    frames = transforms["frames"]
+    assert [frame["file_path"] for frame in frames] == [f"{i:03d}.png" for i in range(4)]
+    assert math.degrees(transforms["camera_angle_x"]) == pytest.approx(49.134, abs=1e-3)
+
+    points = 0.5 * torch.randn(50, 3, generator=data.seeded(0)).double().clamp(-1, 1)
+    moved = zip(azimuths, elevations, distances, strict=True)
+    for frame, (azimuth, lift, away) in zip(frames, moved, strict=True):
+        theta = math.radians(90 - elevation - lift)
+        renderers = look_at(theta, math.radians(azimuth), distance + away)
+        expected = project(renderers, points)
+        # As a reader does: OpenGL's camera looks along -z, and fl_x is the focal length in pixels.
+        inverse = torch.linalg.inv(torch.tensor(frame["transform_matrix"]).double())
+        x, y, z = (points @ inverse[:3, :3].T + inverse[:3, 3]).unbind(1)
+        pixels_x = transforms["cx"] + transforms["fl_x"] * x / -z
+        pixels_y = transforms["cy"] - transforms["fl_y"] * y / -z
+        torch.testing.assert_close(pixels_x, size / 2 * (1 + expected[:, 0]), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(pixels_y, size / 2 * (1 - expected[:, 1]), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

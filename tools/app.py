@@ -52,6 +52,8 @@ def generate(
     orbit: int,
     seed: int,
     stochastic_conditioning: bool,
+    input_elevation: float,
+    input_distance: float,
     **settings,
 ) -> Iterator[tuple]:
     """Yields ([(picture, caption), ...], None) as the views denoise, at last with a zip's path.
@@ -105,6 +107,7 @@ def generate(
         folder = Path(out, "views")
         labels = [f"{degrees:.0f}" for degrees in azimuths]
         write_views(folder, image, job.result(), labels)
+        sample.write_transforms(folder, poses, meta["image_size"], input_elevation, input_distance)
         yield finished, shutil.make_archive(str(folder), "zip", folder)
 
 
@@ -139,6 +142,16 @@ def move_sliders(gr) -> dict:
         ),
         "elevation": gr.Slider(-90, 90, 0, step=1, label="Elevation", info="degrees, upwards"),
         "distance": gr.Slider(-0.7, 0.7, 0, step=0.05, label="Distance", info="scene units, away"),
+    }
+
+
+def camera_controls(gr) -> dict:
+    """{sample.py's flag: its component} of the photo's own camera."""
+    return {
+        "input_elevation": gr.Slider(-90, 90, 0, step=1, label="Its elevation", info="degrees"),
+        "input_distance": gr.Slider(
+            1, 3, 1.85, step=0.05, label="Its distance", info="scene units"
+        ),
     }
 
 
@@ -212,6 +225,9 @@ def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
                 )
         with gr.Accordion("Sampler", open=False), gr.Row():
             controls.update(sampler_controls(gr, args))
+        photos_camera = "The photo's camera, for transforms.json in the download"
+        with gr.Accordion(photos_camera, open=False), gr.Row():
+            controls.update(camera_controls(gr))
         gr.on(
             [upload.change, crop.change], preview, [upload, crop], shown, concurrency_id="preview"
         )
