@@ -497,13 +497,14 @@ def parse_args() -> argparse.Namespace:
         "--input_elevation",
         type=cli.finite_float,
         default=0.0,
-        help="degrees of the camera that took the photo above the object; for transforms.json",
+        help="degrees by which the photo's camera stood above the object; for transforms.json, and "
+        "for a model of --pose elevation",
     )
     group.add_argument(
         "--input_distance",
         type=cli.positive_finite_float,
         default=1.85,
-        help="of that camera from the object, in scene units; for transforms.json",
+        help="that camera's, in scene units; for transforms.json",
     )
     group = parser.add_argument_group("sampler (the paper names none of its settings)")
     add_sampler_flags(group)
@@ -610,6 +611,7 @@ def main() -> None:
                 args.batch_size,
                 args.stochastic_conditioning,
                 on_step,
+                args.input_elevation,
             )
             folder = Path(args.out, path.stem)
             write_views(folder, image, views, labels, trajectory)

@@ -140,6 +140,8 @@ def test_moves_between_views_are_relative_poses():
     to_b = data.relative_pose(reference, b)
     found = sample.move_between(to_a, to_b[None])[0]
     torch.testing.assert_close(found, data.relative_pose(a, b), atol=1e-6, rtol=0)
+    encoded = sample.encode_moves(found[None], 1.0, "elevation")[0]
+    torch.testing.assert_close(encoded, data.relative_pose(a, b, "elevation"), atol=1e-6, rtol=0)
 
 
 def test_each_sample_draws_its_own_condition():
@@ -234,6 +236,7 @@ def test_a_view_that_is_not_finite_stops_it(run, tree, value):
         sample.sample_views(image, poses, model, encoder, codec, settings)
 
 
+@pytest.mark.slow
 def test_one_process_joins_no_group(run, tree, tmp_path, monkeypatch):
     """As where a scheduler sets torchrun's variables for a command that needs one process."""
     image = tree / "00011" / "000.png"

@@ -32,6 +32,7 @@ TITLE = """
 Drop a photo of one object, then press **Generate**: the camera goes once around the object. Set
 *Orbit* to 0 for a single view from *Azimuth*.
 """
+CAMERA_NOTE = "For transforms.json in the download, and for models of `--pose elevation`."
 PREVIEWS = 10  # predicted x0 shown of each batch: a VAE decodes in about the time of a step
 
 
@@ -91,6 +92,7 @@ def generate(
             seed,
             stochastic_conditioning=stochastic_conditioning,
             on_step=on_step,
+            input_elevation=input_elevation,
         )
         job.add_done_callback(lambda _: previews.put(None))
         try:
@@ -225,9 +227,10 @@ def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
                 )
         with gr.Accordion("Sampler", open=False), gr.Row():
             controls.update(sampler_controls(gr, args))
-        photos_camera = "The photo's camera, for transforms.json in the download"
-        with gr.Accordion(photos_camera, open=False), gr.Row():
-            controls.update(camera_controls(gr))
+        with gr.Accordion("The photo's camera", open=False):
+            gr.Markdown(CAMERA_NOTE)
+            with gr.Row():
+                controls.update(camera_controls(gr))
         gr.on(
             [upload.change, crop.change], preview, [upload, crop], shown, concurrency_id="preview"
         )
