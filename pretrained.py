@@ -340,6 +340,20 @@ def autocast(device: torch.device, precision: str):
 
 
 @torch.no_grad()
+def encode_latent(image: Tensor, codec: nn.Module) -> tuple[Tensor, Tensor]:
+    """The codec's posterior mean and log variance (B,C,h,w), never computed in bf16.
+
+    bf16 costs a VAE's moments 2% of their norm and fp16 0.25% (random weights), and an archive
+    keeps the error for good. Where autocast asks for bf16, a GPU takes fp16 and a CPU float32.
+    """
+    device = image.device.type
+    if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
+        return codec.encode(image)
+    with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+        return codec.encode(image)
+
+
+@torch.no_grad()
 def encode(image: Tensor, encoder: ImageEncoder, codec: nn.Module) -> dict[str, Tensor]:
     """What is archived of each image (B, 3, H, W) in [-1, 1].
 
@@ -347,7 +361,7 @@ def encode(image: Tensor, encoder: ImageEncoder, codec: nn.Module) -> dict[str, 
     encoder keeps layers, "patch" (B, T, feature_dim). Sampling calls it too, so that a photo's
     features equal archived ones, up to --precision and the number format on disk.
     """
-    mean, logvar = codec.encode(image)
+    mean, logvar = encode_latent(image, codec)
     cls, patch = encoder(image)
     rows = {"latent_mean": mean, "latent_logvar": logvar, "cls": cls}
     if patch is not None:

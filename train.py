@@ -62,7 +62,7 @@ from model import (
     sample_timesteps,
     training_losses,
 )
-from pretrained import autocast
+from pretrained import autocast, encode_latent
 
 BINS = 10  # the loss is logged by timestep, in so many bins
 MAX_SKIPPED = 10  # steps without a finite gradient that stop a run, at the next line of the log
@@ -428,7 +428,10 @@ def open_data(args, device: torch.device, precision: str):
             frozen["encoder"] = encoder.spec()
             frozen["tensors"] = pretrained.own_tensors(encoder)
     else:
-        encoder, codec = pretrained.open_frozen(args, device)
+        flags = vars(args)
+        if not args.amalgamate:
+            flags = {**flags, "layers": []}  # nothing would read the patch features
+        encoder, codec = pretrained.open_frozen(argparse.Namespace(**flags), device)
         names = data.list_objects(args.data)
         train_names = data.split_objects(names, args.val_fraction, "train")
         val_names = data.split_objects(names, args.val_fraction, "val")
@@ -465,7 +468,7 @@ def archived_networks(root: str, manifest: dict) -> dict:
 
 def open_online_encoder(args, device: torch.device) -> nn.Module:
     """The image encoder that runs while training on archived latents."""
-    layers = tuple(args.layers)
+    layers = tuple(args.layers) if args.amalgamate else ()  # else nothing reads patch features
     encoder = pretrained.ImageEncoder(args.encoder, args.weights, layers, args.encoder_size)
     encoder.to(device)
     if args.compile:
@@ -486,8 +489,8 @@ def prepare_batch(
         if encoder is not None:
             rows["cls"], rows["patch"] = encoder(rows["cond"])
         if codec is not None:
-            rows["latent"] = codec.encode(rows["cond"])[0]
-            rows["target_mean"], rows["target_logvar"] = codec.encode(rows["target"])
+            rows["latent"], _ = encode_latent(rows["cond"], codec)
+            rows["target_mean"], rows["target_logvar"] = encode_latent(rows["target"], codec)
     condition = {}
     for key in ("latent", "cls", "pose", "patch"):
         if rows.get(key) is not None:
