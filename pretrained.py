@@ -574,6 +574,7 @@ def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | N
         return None
     meta, tensors = found
     check_finite(tensors, path)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}  # published ones are half
     with naming(f"{path}: its weights do not fit its metadata"):
         check_values(meta)
         model = NovelViewModel(**meta["model"])

@@ -43,7 +43,12 @@ def save_model(path: Path, model: nn.Module, meta: dict, tensors: dict[str, Tens
         "model": model.args,
         **meta,
     }
-    meta["sha256"] = checksum(meta, tensors)
+    write_model_file(path, meta, tensors)
+
+
+def write_model_file(path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
+    """Writes model.safetensors, with a checksum of all that it holds."""
+    meta = {**meta, "sha256": checksum(meta, tensors)}
     save_file(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
 
 

@@ -105,7 +105,7 @@ def test_the_vaes_scale_is_kept(tmp_path, vae, clip):
     assert pretrained.load_codec("sd", tmp_path).scale == 0.25
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
 def test_file_names_that_mislead_are_refused(suffix):
     with pytest.raises(InputError, match=f"--out x{suffix}: "):
         call(convert, "--ckpt", "none", "--out", f"x{suffix}")
@@ -116,3 +116,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, vae, clip):
     words = "file/unet/diffusion_pytorch_model.safetensors: could not be written"
     with pytest.raises(InputError, match=words):
         convert.write_diffusers(tmp_path / "file", small_model(), vae, clip)
+
+
+def test_half_the_size_gives_nearly_the_same_model(run, tmp_path):
+    out = tmp_path / "half.safetensors"
+    call(convert, "--ckpt", run, "--out", out)
+    whole = run / (run / "latest").read_text() / "model.safetensors"
+    assert out.stat().st_size < 0.6 * whole.stat().st_size
+    model, encoder, _, meta = pretrained.load_checkpoint(str(out))
+    exact, exact_encoder, _, exact_meta = pretrained.load_checkpoint(str(run))
+    assert meta["step"] == exact_meta["step"]
+    for name, value in exact.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(encoder(image)[1], exact_encoder(image)[1], atol=0.05, rtol=0.05)
+
+
+def test_half_of_another_format_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="not a checkpoint of ours"):
+        call(convert, "--ckpt", tmp_path / "x.ckpt", "--out", tmp_path / "y.safetensors")

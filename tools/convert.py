@@ -1,7 +1,8 @@
-"""Write a trained model for zero123's code and threestudio (.ckpt), or for diffusers (a folder).
+"""Write a trained model in another format, or in half the size.
 
-    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt
-    python -m tools.convert --ckpt zero123-xl.ckpt --out folder
+    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt    # zero123's code, threestudio
+    python -m tools.convert --ckpt zero123-xl.ckpt --out folder        # diffusers
+    python -m tools.convert --ckpt runs/small --out small.safetensors  # ours, in float16
 
 runs/baseline was trained with --encoder CLIP's and --no-amalgamate. A model that amalgamates
 features, or takes its pose by an MLP, has no place in those codebases and is refused.
@@ -16,9 +17,18 @@ from torch import Tensor, nn
 
 import pretrained
 from lib.autoencoder import AutoencoderKL
+from lib.checkpoints import read_checkpoint, write_model_file
 from lib.cli import ArgumentParser, InputError, run_script
 from lib.files import write_atomically
-from lib.formats import CLIP_NAMES, PREFIX, WEIGHTS_SUFFIXES, count, unet_names, vae_names
+from lib.formats import (
+    CLIP_NAMES,
+    PREFIX,
+    WEIGHTS_SUFFIXES,
+    count,
+    find_weights,
+    unet_names,
+    vae_names,
+)
 from model import NovelViewModel
 from pretrained import ImageEncoder
 
@@ -202,6 +212,31 @@ def write_model(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
     write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
 
 
+# ------------------------------------------------------------------------------------------- ours
+
+
+def write_half(path: Path, ckpt: str) -> None:
+    """A checkpoint of ours with its weights in float16, to publish: training can't resume from it.
+
+    Raises InputError where --ckpt is not ours.
+    """
+    file = find_weights(ckpt)
+    found = read_checkpoint(file) if file.suffix == ".safetensors" else None
+    if found is None:
+        raise InputError(f"--ckpt {ckpt}: not a checkpoint of ours, whose format {path} would have")
+    meta, tensors = found
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    del meta["sha256"]
+    own_weights, pca = pretrained.split_own({name: value.float() for name, value in half.items()})
+    if own_weights or pca:  # its encoder's own weights are rounded, too
+        spec = meta["encoder"]
+        weights = own_weights or spec["weights"]
+        layers = tuple(spec["layers"])
+        encoder = ImageEncoder(spec["name"], weights, layers, spec["image_size"], pca)
+        meta["encoder"] = {**encoder.spec(), "weights": spec["weights"]}
+    write_atomically(path, lambda temporary: write_model_file(temporary, meta, half))
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -212,7 +247,8 @@ def main() -> None:
     add(
         "--out",
         required=True,
-        help="x.ckpt (zero123's code, threestudio) or a folder (diffusers)",
+        help="x.ckpt (zero123's code, threestudio), a folder (diffusers), or x.safetensors (ours, "
+        "in float16)",
     )
     add(
         "--encoder_weights",
@@ -221,8 +257,12 @@ def main() -> None:
     add("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
     args = parser.parse_args()
     suffix = Path(args.out).suffix
-    if suffix != ".ckpt" and suffix in WEIGHTS_SUFFIXES:
-        raise InputError(f"--out {args.out}: x.ckpt, or a folder for diffusers")
+    if suffix not in (".ckpt", ".safetensors") and suffix in WEIGHTS_SUFFIXES:
+        raise InputError(f"--out {args.out}: x.ckpt, x.safetensors, or a folder for diffusers")
+    if suffix == ".safetensors":
+        write_half(Path(args.out), args.ckpt)
+        print(f"wrote {args.out}")
+        return
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, "cpu", args.encoder_weights, args.vae
     )
