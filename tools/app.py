@@ -9,6 +9,7 @@ tools/app-requirements.txt.
 
 import argparse
 import contextlib
+import functools
 import os
 import queue
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -40,6 +42,30 @@ def enlarged(image: Tensor) -> Image.Image:
     """(3,H,W) in [-1,1] -> a picture large enough to be seen: magnified by whole pixels."""
     scale = max(1, 256 // image.shape[-1])
     return ImageOps.scale(to_pil(image), scale, Image.Resampling.NEAREST)
+
+
+def watch(run_sampler, shown_steps: list[int], codec) -> Iterator[tuple[int, Tensor]]:
+    """Calls run_sampler(on_step=...) in a thread, and yields (i, x0 as images) of the steps shown.
+
+    Closing the generator stops the sampler. Raises what the sampler raises.
+    """
+    previews = queue.SimpleQueue()
+    closed = threading.Event()
+
+    def on_step(i: int, x0: Tensor) -> None:
+        if closed.is_set():
+            raise InputError("stopped")
+        if i in shown_steps:
+            previews.put((i, sample.decode(x0, codec).cpu()))
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run_sampler, on_step=on_step)
+        job.add_done_callback(lambda _: previews.put(None))
+        try:
+            yield from iter(previews.get, None)
+        finally:
+            closed.set()  # first of all: leaving the pool waits for the thread
+    job.result()
 
 
 def generate(
@@ -69,48 +95,35 @@ def generate(
     poses = sample.camera_moves(azimuths, [elevation], [distance])
     model, encoder, codec, meta = opened
     image = load_photo(Path(photo), meta["image_size"], crop)
-    shown_steps = sample.saved_steps(settings["steps"], PREVIEWS)
-    previews = queue.SimpleQueue()
-    closed = threading.Event()
-
-    def on_step(i: int, x0: Tensor) -> None:
-        if closed.is_set():
-            raise InputError("stopped")
-        if i in shown_steps:
-            previews.put((i + 1, sample.decode(x0, codec).cpu()))
-
-    finished = []  # of the batches before this one
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(
-            sample.sample_views,
-            image,
-            poses,
-            model,
-            encoder,
-            codec,
-            settings,
-            seed,
-            stochastic_conditioning=stochastic_conditioning,
-            on_step=on_step,
-            input_elevation=input_elevation,
-        )
-        job.add_done_callback(lambda _: previews.put(None))
-        try:
-            for step, x0 in iter(previews.get, None):
-                batch = []
-                for degrees, view in zip(azimuths[len(finished) :], x0, strict=False):
-                    batch.append((enlarged(view), f"{degrees:.0f}°, step {step}"))
-                yield finished + batch, None
-                if step == settings["steps"]:
-                    finished += batch
-        finally:
-            closed.set()  # first of all: leaving the pool waits for the thread
+    steps = settings["steps"]
+    run_sampler = functools.partial(
+        sample.sample_views,
+        image,
+        poses,
+        model,
+        encoder,
+        codec,
+        settings,
+        seed,
+        stochastic_conditioning=stochastic_conditioning,
+        input_elevation=input_elevation,
+    )
+    finished = []  # views (3,H,W)
+    pictures = []  # the same, with captions
+    for i, images in watch(run_sampler, sample.saved_steps(steps, PREVIEWS), codec):
+        batch = []
+        for degrees, picture in zip(azimuths[len(finished) :], images, strict=False):
+            batch.append((enlarged(picture), f"{degrees:.0f}°, step {i + 1}"))
+        yield pictures + batch, None
+        if i == steps - 1:  # the last predicted x0 are the views
+            finished += images
+            pictures += batch
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out, "views")
         labels = [f"{degrees:.0f}" for degrees in azimuths]
-        write_views(folder, image, job.result(), labels)
+        write_views(folder, image, torch.stack(finished), labels)
         sample.write_transforms(folder, poses, meta["image_size"], input_elevation, input_distance)
-        yield finished, shutil.make_archive(str(folder), "zip", folder)
+        yield pictures, shutil.make_archive(str(folder), "zip", folder)
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -170,6 +183,47 @@ def sampler_controls(gr, args: argparse.Namespace) -> dict:
     }
 
 
+def lay_out(gr, args: argparse.Namespace) -> dict:
+    """The components of the page by name; "controls" are those of sample.py's flags."""
+    gr.Markdown(TITLE)
+    parts = {}
+    with gr.Row():
+        with gr.Column(scale=1):
+            parts["photo"] = gr.Image(
+                label="Photo", type="filepath", image_mode=None, sources=["upload"], height=300
+            )
+            # Its own way would open the photo, with a long message where it can't.
+            parts["photo"].preprocess = uploaded_path
+            parts["crop"] = gr.Checkbox(
+                True, label="Crop to the object", info="off for renders framed as in training"
+            )
+            parts["shown"] = gr.Image(
+                label="What the model is shown",
+                format="png",
+                interactive=False,
+                buttons=[],
+                height=300,
+            )
+        with gr.Column(scale=3):
+            with gr.Row():
+                controls = move_sliders(gr)
+            with gr.Row():
+                parts["start"] = gr.Button("Generate", variant="primary")
+                parts["stop"] = gr.Button("Stop")
+                parts["file"] = gr.DownloadButton("Download the views")
+            parts["views"] = gr.Gallery(
+                label="Views", format="png", columns=4, height=640, object_fit="contain"
+            )
+    with gr.Accordion("Sampler", open=False), gr.Row():
+        controls.update(sampler_controls(gr, args))
+    with gr.Accordion("The photo's camera", open=False):
+        gr.Markdown(CAMERA_NOTE)
+        with gr.Row():
+            controls.update(camera_controls(gr))
+    parts["controls"] = controls
+    return parts
+
+
 def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
     """The gradio.Blocks. gr: the gradio module; opened: what load_checkpoint returned."""
     image_size = opened[3]["image_size"]
@@ -190,54 +244,21 @@ def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
 
     def run(photo: str | None, crop: bool, *values):
         yield [], None  # instead of what an earlier photo left
-        flags = dict(zip(controls, values, strict=True))
+        flags = dict(zip(parts["controls"], values, strict=True))
         with errors_on_the_page(photo):
             yield from generate(opened, photo, crop, eta=args.eta, precision=precision, **flags)
 
     with gr.Blocks(
         title="Efficient-3DiM", analytics_enabled=False, delete_cache=(3600, 86400)
     ) as page:
-        gr.Markdown(TITLE)
-        with gr.Row():
-            with gr.Column(scale=1):
-                upload = gr.Image(
-                    label="Photo", type="filepath", image_mode=None, sources=["upload"], height=300
-                )
-                # Its own way would open the photo, with a long message where it can't.
-                upload.preprocess = uploaded_path
-                crop = gr.Checkbox(
-                    True, label="Crop to the object", info="off for renders framed as in training"
-                )
-                shown = gr.Image(
-                    label="What the model is shown",
-                    format="png",
-                    interactive=False,
-                    buttons=[],
-                    height=300,
-                )
-            with gr.Column(scale=3):
-                with gr.Row():
-                    controls = move_sliders(gr)
-                with gr.Row():
-                    start = gr.Button("Generate", variant="primary")
-                    stop = gr.Button("Stop")
-                    file = gr.DownloadButton("Download the views")
-                views = gr.Gallery(
-                    label="Views", format="png", columns=4, height=640, object_fit="contain"
-                )
-        with gr.Accordion("Sampler", open=False), gr.Row():
-            controls.update(sampler_controls(gr, args))
-        with gr.Accordion("The photo's camera", open=False):
-            gr.Markdown(CAMERA_NOTE)
-            with gr.Row():
-                controls.update(camera_controls(gr))
-        gr.on(
-            [upload.change, crop.change], preview, [upload, crop], shown, concurrency_id="preview"
-        )
-        running = start.click(
-            run, [upload, crop, *controls.values()], [views, file], concurrency_limit=1
-        )
-        stop.click(None, cancels=running)
+        parts = lay_out(gr, args)
+        photo_inputs = [parts["photo"], parts["crop"]]
+        changes = [component.change for component in photo_inputs]
+        gr.on(changes, preview, photo_inputs, parts["shown"], concurrency_id="preview")
+        inputs = [*photo_inputs, *parts["controls"].values()]
+        outputs = [parts["views"], parts["file"]]
+        running = parts["start"].click(run, inputs, outputs, concurrency_limit=1)
+        parts["stop"].click(None, cancels=running)
     return page
 
 
