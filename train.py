@@ -534,6 +534,13 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
     return model
 
 
+def load_init(model: NovelViewModel, source: str, encoder: dict) -> None:
+    """Starts from --init's weights. encoder: the spec of the model's encoder. Raises InputError."""
+    pretrained.check_init(model, source, encoder)
+    weights = pretrained.read_weights(source, ("unet", "cc_projection"))
+    pretrained.load_pretrained(model, weights, f"init {source}")
+
+
 def check_memory(model: NovelViewModel, device: torch.device) -> None:
     """Raises InputError where EMA, gradients and AdamW's moments will not fit beside the model."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -723,9 +730,9 @@ class Log:
         if rank == 0:
             trim_log(path, state.step)
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
         if self.rank == 0:
-            self.bar.write(text)
+            self.bar.write("\n".join(lines))
 
     def doing(self, what: str) -> None:
         """What takes time now, on the progress bar."""
@@ -838,10 +845,11 @@ class HeldOut:
             scale=0.0 if self.args.unconditional else 3.0,
             precision=self.precision,
         )
+        codec = self.codec.to(mean.device)
         columns = [
-            sample.decode(self.scale * condition["latent"], self.codec),
-            sample.decode(self.scale * mean, self.codec),
-            sample.decode(latents, self.codec),
+            sample.decode(self.scale * condition["latent"], codec),
+            sample.decode(self.scale * mean, codec),
+            sample.decode(latents, codec),
         ]
         rows = [list(row) for row in zip(*columns, strict=True)]
         magnify = max(1, 96 // rows[0][0].shape[-1])  # pictures of 32 pixels can hardly be seen
@@ -894,9 +902,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     latent_shape = example_mean.shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
     if args.init and not checkpoints.any_checkpoint(out):
-        pretrained.check_init(model, args.init, frozen["encoder"])
-        weights = pretrained.read_weights(args.init, ("unet", "cc_projection"))
-        pretrained.load_pretrained(model, weights)
+        load_init(model, args.init, frozen["encoder"])
     model.to(device, memory_format=torch.channels_last)
     check_memory(model, device)
     match_gradient_layout(model)
@@ -909,7 +915,6 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     codec = None
     if rank == 0 and args.preview_every and len(val_set):
         codec = pretrained.open_codec(frozen["codec"], args.vae, " (or --preview_every 0)")
-        codec.to(device)
     held_out = HeldOut(val_set, prepare, codec, scale, args, precision, (rank, world))
 
     # resume, and make sure that all ranks found the same
@@ -928,10 +933,9 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     log.say(
         f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train on {len(train_set)} "
         f"objects, {global_batch} samples a step, {flops / 1e9:.1f} GFLOP a sample; "
-        f"steps {state.step} to {args.steps}"
+        f"steps {state.step} to {args.steps}",
+        *notes_on_flags(args),
     )
-    for note in notes_on_flags(args):
-        log.say(note)
 
     first_step = state.step
     while True:

@@ -128,6 +128,14 @@ def test_relative_pose_of_hand_computed_cameras():
     torch.testing.assert_close(move, twenty_degrees)
 
 
+def test_stable_zero123s_pose_of_hand_computed_cameras():
+    """Its fourth number is radians(90 - elevation) of the input view, not the change of distance."""
+    input_view = look_at(math.radians(90 - 30), 0, 1.5)  # 30 degrees up
+    target = look_at(math.radians(90 - 10), math.radians(90), 2.0)
+    move = data.relative_pose(input_view, target, "elevation")
+    torch.testing.assert_close(move, torch.tensor([math.radians(20), 1, 0, math.radians(60)]))
+
+
 def test_look_at_sees_the_origin_ahead_and_z_up_even_at_the_poles():
     theta = torch.tensor([0, 0.3, 1.5, 3, math.pi])[:, None]
     phi = torch.linspace(-3, 3, 7)

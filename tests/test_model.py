@@ -25,23 +25,23 @@ from model import (
     timestep_density,
 )
 
-SMALL = dict(
-    in_channels=6,
-    out_channels=3,
-    model_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(1, 2),
-    num_heads=4,
-    context_dim=16,
-    feature_dim=12,
-    feature_tokens=16,
-    latent_size=8,
-)
+SMALL = {
+    "in_channels": 6,
+    "out_channels": 3,
+    "model_channels": 32,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (1, 2),
+    "num_heads": 4,
+    "context_dim": 16,
+    "feature_dim": 12,
+    "feature_tokens": 16,
+    "latent_size": 8,
+}
 
 
 def randomised(model):
-    """The model with every parameter random: zero-initialised layers would hide what they are fed."""
+    """The model with random parameters: layers that are zero would hide what they are fed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -127,7 +127,9 @@ def test_amalgamation_is_a_projection_and_a_resize(size):
     features, weight = torch.randn(2, 64, 12), torch.randn(5, 12)
     ours = amalgamate(features, weight, resize_matrix(8, size))
     grid = F.linear(features, weight).transpose(1, 2).unflatten(2, (8, 8))
-    mode = dict(mode="area") if size <= 8 else dict(mode="bilinear", align_corners=False)
+    mode = {"mode": "bilinear", "align_corners": False}
+    if size <= 8:
+        mode = {"mode": "area"}
     torch.testing.assert_close(ours, F.interpolate(grid, size=(size, size), **mode))
 
 
@@ -154,7 +156,7 @@ def test_a_fresh_amalgamation_leaves_the_pretrained_function_as_it_is():
 
 
 def test_nulls_of_training_are_the_nulls_of_sampling():
-    """Dropped conditions equal zero context, features and latent, whatever the pose, and guidance uses the same."""
+    """Dropped conditions equal zero context, features and latent; guidance uses the same."""
     model, condition = small_model(), small_condition()
     x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 500)
     none = torch.zeros(4, dtype=torch.bool)
@@ -196,7 +198,7 @@ def test_condition_dropout_shares():
     assert (~keep_context & ~keep_latent).double().mean() == pytest.approx(0.05)
 
 
-# ------------------------------------------------------------------------------------------------------- diffusion
+# --------------------------------------------------------------------------------------- diffusion
 
 SETTINGS = [("uniform", 0, 1)] + [("gaussian", mean, 200) for mean in (1000, 700, 500, 300, 0)]
 SETTINGS += [("gaussian", 1000, std) for std in (100, 300, 400, 500)]
@@ -222,7 +224,7 @@ def test_timesteps_follow_their_density(sampling, mean, std):
 
 
 def test_gaussian_density_by_hand():
-    """Renormalised on [0, 1000]: at mean 1000 and std 200 a half-normal, whose last 200 steps hold erf(1/sqrt 2)."""
+    """At mean 1000 and std 200 it is a half-normal; its last 200 steps hold erf(1 / sqrt 2)."""
     density = timestep_density("gaussian", 1000, 200)
     assert density[800:].sum() == pytest.approx(math.erf(1 / math.sqrt(2)), rel=1e-5)
     assert density[:400].sum() == pytest.approx(0.0027, rel=0.01)
@@ -269,7 +271,7 @@ def test_prediction_and_loss_agree(prediction):
     torch.testing.assert_close(back_noise, noise, atol=1e-4, rtol=1e-4)
 
 
-# ---- --pose_embedding mlp -------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- --pose_embedding mlp
 
 
 def pose_models():
@@ -318,3 +320,8 @@ def test_the_pose_mlp_adds_nothing_where_the_context_is_dropped():
 def test_another_pose_embedding_is_refused():
     with pytest.raises(ValueError, match="token or mlp"):
         NovelViewModel(cls_dim=16, pose_embedding="rays", **SMALL)
+
+
+def test_another_pose_encoding_is_refused():
+    with pytest.raises(ValueError, match="zero123 or elevation"):
+        NovelViewModel(cls_dim=16, pose_encoding="rays", **SMALL)
