@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import data
 from lib import images
 from lib.cli import InputError, run_script
-from tools import check, shapes
+from tools import check
 from tools.shapes import look_at
 
 # ------------------------------------------------------------------------------------------ images
@@ -129,7 +129,7 @@ def test_relative_pose_of_hand_computed_cameras():
 
 
 def test_stable_zero123s_pose_of_hand_computed_cameras():
-    """Its fourth number is radians(90 - elevation) of the input view, not the change of distance."""
+    """Its fourth number is radians(90 - elevation) of the input, not the change of distance."""
     input_view = look_at(math.radians(90 - 30), 0, 1.5)  # 30 degrees up
     target = look_at(math.radians(90 - 10), math.radians(90), 2.0)
     move = data.relative_pose(input_view, target, "elevation")
@@ -448,114 +448,3 @@ def test_a_full_gpu_is_one_line(error, line):
 
     with pytest.raises(SystemExit, match=f"^error: {line}"):
         run_script(fill)
-
-
-# ------------------------------------------------------------------------------------------ shapes
-
-
-def test_a_sphere_appears_where_the_camera_says():
-    """Centroid, coverage and depth of a small off-centre sphere against its projection."""
-    centre, radius, size = np.array([0.3, -0.2, 0.25]), 0.1, 96
-    ball = shapes.make_primitive("sphere", radius / 0.9, np.random.default_rng(0)) | {
-        "centre": centre
-    }
-    generator = torch.Generator().manual_seed(0)
-    z, phi, r = torch.rand(3, 6, generator=generator).double()
-    w2c = look_at(torch.acos(2 * z - 1), 6.28 * phi, 1.5 + 0.7 * r)
-    rgba, depth = shapes.render([ball], w2c, size, np.array([0, 0, 1.0]))
-    x, y, z = (w2c[:, :, :3] @ torch.tensor(centre) + w2c[:, :, 3]).T.numpy()
-    alpha = rgba[..., 3] / 255
-    assert set(np.unique(rgba[..., 3])) > {0, 255}  # edges are antialiased
-    pixels = np.arange(size) + 0.5
-    for i in range(6):
-        # 35 / 16 is the focal length in half image widths; image x grows to the right and y down.
-        expected = size / 2 * np.array([1 + 35 / 16 * x[i] / -z[i], 1 - 35 / 16 * y[i] / -z[i]])
-        found = (
-            np.array([(alpha[i].sum(0) * pixels).sum(), (alpha[i].sum(1) * pixels).sum()])
-            / alpha[i].sum()
-        )
-        assert np.abs(found - expected).max() < 0.3
-        assert alpha[i].sum() == pytest.approx(
-            math.pi * (35 / 32 * size * radius / -z[i]) ** 2, rel=0.08
-        )
-        column, row = expected.astype(int)
-        assert depth[i, row, column] == pytest.approx(-z[i] - radius, abs=0.01)
-        assert depth[i][alpha[i] == 0].max() == 0
-
-
-def test_plain_objects_have_a_colour_a_primitive(tmp_path):
-    shapes.shapes(tmp_path / "faces", 2, 4, 32, 0, "cpu", 0)
-    shapes.shapes(tmp_path / "plain", 2, 4, 32, 0, "cpu", 0, plain=True)
-    for path in sorted((tmp_path / "faces").glob("*/*.png")):
-        other = tmp_path / "plain" / path.relative_to(tmp_path / "faces")
-        faces, plain = (np.asarray(Image.open(p)) for p in (path, other))
-        assert (faces[..., 3] == plain[..., 3]).all() and (
-            faces != plain
-        ).any()  # the same shapes, other colours
-        solid, palette = plain[plain[..., 3] == 255][:, :3] / 255.0, []
-        for p in shapes.make_object(np.random.default_rng((0, int(path.parent.name)))):
-            palette.append(np.array(p["palette"][0]) / np.linalg.norm(p["palette"][0]))
-        likeness = (solid / np.linalg.norm(solid, axis=1, keepdims=True) @ np.array(palette).T).max(
-            1
-        )
-        assert np.mean(likeness > 0.999) > 0.7  # shading keeps the direction; pixels on edges mix
-
-
-def test_objects_depend_on_seed_and_index_only_and_fill_the_unit_cube(tree, tmp_path):
-    for index in (3, 7):
-        shapes.write_object(
-            tmp_path, 3, 32, 0, "cpu", False, False, 5, index
-        )  # fewer views, others left out
-        for file in sorted((tmp_path / f"{index:05d}").iterdir()):
-            assert file.read_bytes() == (tree / f"{index:05d}" / file.name).read_bytes()
-    assert shapes.make_object(np.random.default_rng((1, 3)))[0]["palette"] != (
-        shapes.make_object(np.random.default_rng((0, 3)))[0]["palette"])  # fmt: skip
-
-    for index in range(
-        4
-    ):  # back to world coordinates, depth spans a box of longest edge 1 about the origin
-        primitives = [
-            p for p in shapes.make_object(np.random.default_rng((0, index))) if not p["cut"]
-        ]
-        theta, phi = (
-            torch.tensor([0.1, 1, 1.57, 1.57, 1.57, 1.57, 3]),
-            torch.tensor([0, 0.5, 0, 1.57, 3.1, 4.7, 1]),
-        )
-        w2c = look_at(theta, phi, 2)
-        _, depth = shapes.render(primitives, w2c, 64, np.array([0, 0, 1.0]))
-        view, y, x = np.nonzero(depth)
-        d = depth[view, y, x].astype(np.float64)
-        camera = np.stack(
-            [((x + 0.5) / 32 - 1) * d * 16 / 35, (1 - (y + 0.5) / 32) * d * 16 / 35, -d], axis=1
-        )
-        w2c = w2c.numpy()[view]
-        world = np.einsum("nij,ni->nj", w2c[:, :, :3], camera - w2c[:, :, 3])
-        low, high = world.min(0), world.max(0)
-        assert (high - low).max() == pytest.approx(1, abs=0.06) and np.abs(high + low).max() < 0.08
-
-
-def test_sides_differ():
-    """Mean colours of opposite views of the same object: what a model must know the camera for."""
-    apart = []
-    for index in range(6):
-        primitives = shapes.make_object(np.random.default_rng((0, index)))
-        w2c = look_at(torch.tensor(1.2), torch.arange(4) * math.pi / 2, 1.8)
-        rgba, _ = shapes.render(primitives, w2c, 24, np.array([0, 0, 1.0]))
-        colour = (rgba[..., :3] * (rgba[..., 3:] / 255)).sum((1, 2)) / (rgba[..., 3:] / 255).sum(
-            (1, 2)
-        )
-        apart.append(np.abs(colour[:2] - colour[2:]).mean())
-    assert np.median(apart) > 25  # of 255
-
-
-def test_orbits_go_once_around(tmp_path):
-    shapes.shapes(tmp_path / "orbit", 1, 4, 16, 0, "cpu", 0, orbit=True)
-    poses = torch.stack(
-        [
-            torch.from_numpy(data.read_pose(npy))
-            for _, npy in data.list_views(tmp_path / "orbit", "00000")
-        ]
-    )
-    moves = data.relative_pose(poses[:1], poses)
-    quarter = torch.tensor([[0.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, -1, 0], [0, -1, 0, 0]])
-    torch.testing.assert_close(moves, quarter, atol=1e-5, rtol=0)
