@@ -113,7 +113,11 @@ def read_scores(
 
 def with_flags(line: dict) -> dict:
     """The line of a run, with its flags as "train.FLAG" and the samples seen in training."""
-    flags = {f"train.{flag}": value for flag, value in line["run_args"].items()}
+    flags = {}
+    for flag, value in line["run_args"].items():
+        # A default of 1000 and a given 1000.0 are the same number.
+        whole = isinstance(value, float) and value.is_integer()
+        flags[f"train.{flag}"] = int(value) if whole else value
     return {**line, **flags, "samples_seen": line["step"] * flags["train.global_batch"]}
 
 

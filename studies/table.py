@@ -22,7 +22,7 @@ from lib.scores import (
 
 
 def group_runs(lines: list[dict], by: list[str]) -> dict[tuple, list[dict]]:
-    """{(the values of the flags `by`, row): the lines of the runs that have them}.
+    """{(the values of the flags `by`, row): the lines, of `read_scores`, that have them}.
 
     Raises InputError where a flag is unknown, or where the lines of a group do not compare.
     """
@@ -31,7 +31,7 @@ def group_runs(lines: list[dict], by: list[str]) -> dict[tuple, list[dict]]:
         for flag in by:
             if flag not in line["run_args"]:
                 raise InputError(f"--by {flag}: not a flag of {line['checkpoint']}")
-        values = [str(line["run_args"][flag]) for flag in by]
+        values = [str(line[f"train.{flag}"]) for flag in by]
         groups.setdefault((*values, line["row"]), []).append(line)
     for group in groups.values():
         with hint(", or give flags of training their own rows by --by"):

@@ -134,6 +134,11 @@ def test_flags_of_rows_may_differ_and_so_may_what_changes_no_result(rows):
     ]
 
 
+def test_a_default_and_the_same_number_as_a_flag_are_one_row(rows):
+    lines = [score("a0", 5.0), score("a1", 7.0, flags={"t_mean": 700.0, "steps": 90.0})]
+    assert rows(lines) == [["700", "[3, 7]", "samples", "2", "6 ± 1.4"]]
+
+
 def test_flags_that_no_run_has(rows):
     with pytest.raises(InputError, match="--by t_std: not a flag of a0"):
         rows([score("a0", 5.0)], "--by", "t_std")
