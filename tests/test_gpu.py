@@ -1,6 +1,10 @@
-"""What only a GPU can show; skipped without one, so that CI says nothing of it. `pytest tests/test_gpu.py`."""
+"""What only a GPU can show; skipped without one, so CI says nothing of it.
+
+`pytest tests/test_gpu.py`, or `python -m tools.gpu_check`.
+"""
 
 import shutil
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -18,24 +22,22 @@ from helpers import (
 from PIL import Image
 
 import train
-from tools import bench
+from lib.distributed import compile_in_place
+from tools.bench_train import Enough, run_train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 
 TRAIN = [
     *SMALL,
-    "--device",
-    "cuda",
-    "--steps",
-    6,
-    "--batch_size",
-    4,
-    "--accumulate",
-    2,
-    "--save_every",
-    3,
+    *("--device", "cuda"),
+    *("--steps", 6),
+    *("--batch_size", 4),
+    *("--accumulate", 2),
+    *("--save_every", 3),
+    *("--val_every", 3),
+    *("--preview_every", 6),
+    *("--workers", 1),
 ]
-TRAIN += ["--val_every", 3, "--preview_every", 6, "--workers", 1]
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +47,13 @@ def forget_compiled():
 
 
 @pytest.mark.parametrize(
-    "flags", [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]]
+    "flags",
+    [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]],
 )
 def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, monkeypatch, flags):
     command = ["--archive", archive, *TRAIN, "--deterministic", "--precision", *flags]
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache a")
-    )  # each chooses its kernels anew
+    # Separate caches, so that each process chooses its kernels itself.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache a"))
     script("train", *command, "--out", tmp_path / "a", timeout=600)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "step_0000006")
@@ -62,22 +64,26 @@ def test_deterministic_training_resumes_bit_for_bit(archive, tmp_path, monkeypat
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
 def test_archives_agree(tree, archive, tmp_path, flags):
-    shutil.copytree(archive, tmp_path / "a")
-    (tmp_path / "a" / "00000.safetensors").unlink()
-    script("precompute_dino", "--data", tree, "--archive", tmp_path / "a", *FROZEN, "--workers", 1, "--device", "cuda",
-           "--batch_size", 20, "--precision", "fp32", *flags, timeout=600)  # fmt: skip
-    assert_close_shards(tmp_path / "a", archive, 4e-3)
+    out = tmp_path / "a"
+    shutil.copytree(archive, out)
+    (out / "00000.safetensors").unlink()
+    small = ["--workers", 1, "--batch_size", 20, "--precision", "fp32"]
+    command = ["--data", tree, "--archive", out, *FROZEN, *small, "--device", "cuda"]
+    script("precompute_dino", *command, *flags, timeout=600)
+    assert_close_shards(out, archive, 4e-3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--sampler", "dpm"], ["--stochastic_conditioning"]])
 def test_samples_agree(run, tree, tmp_path, flags):
+    image = tree / "00011" / "000.png"
+    command = ["--ckpt", run, "--image", image, "--no-crop", "--orbit", 4, "--steps", 5]
     views = {}
     for device in ("cpu", "cuda"):
-        script("sample", "--ckpt", run, "--image", tree / "00011" / "000.png", "--no-crop", "--orbit", 4, "--steps", 5,
-               "--precision", "fp32", "--device", device, "--out", tmp_path / device, *flags)  # fmt: skip
-        views[device] = np.stack(
-            [Image.open(tmp_path / device / "000" / f"{i:03d}.png") for i in range(4)]
-        ).astype(int)
+        out = tmp_path / device
+        where = ["--precision", "fp32", "--device", device, "--out", out]
+        script("sample", *command, *where, *flags)
+        pictures = [Image.open(out / "000" / f"{i:03d}.png") for i in range(4)]
+        views[device] = np.stack(pictures).astype(int)
     assert np.abs(views["cpu"] - views["cuda"]).max() <= 2  # of 255
 
 
@@ -88,35 +94,30 @@ def test_compiled_equals_eager(monkeypatch, batch):
     inputs = [torch.cat([x] * (batch // 2)).cuda() for x in inputs]
     unet.cuda().to(memory_format=torch.channels_last)
     eager = output_and_gradients(unet, inputs)
-    unet.compile(options=train.COMPILE)
-    assert_equal(
-        output_and_gradients(unet, inputs), eager, 1e-4
-    )  # cuDNN may choose another algorithm
+    compile_in_place(unet)
+    compiled = output_and_gradients(unet, inputs)
+    assert_equal(compiled, eager, 1e-4)  # cuDNN may choose another algorithm
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_step_waits_for_nothing(compiled):
-    """No tensor is looked at by the host within an optimiser step, of which tools.bench has a copy."""
-    device, spec = torch.device("cuda", 0), {"cls_dim": 192, "feature_dim": 384, "tokens": 4}
-    size = bench.SIZES["tiny"]
-    model = bench.make_model(size, device, spec).train()
-    shapes = {"latent": (4, 4, 4), "cls": (192,), "patch": (4, 384), "pose": (4,)}
-    batch = {key: torch.randn(2, *shape).pin_memory() for key, shape in shapes.items()}
-    mean, logvar = torch.zeros(2, 2, 4, 4, 4, device=device)
+@pytest.mark.parametrize("flags", [["bf16"], ["fp16"], ["bf16", "--compile"]])
+def test_a_step_waits_for_nothing(archive, tmp_path, flags):
+    """The host looks at no tensor from one step's batches to the next one's."""
 
-    def prepare():
-        return (
-            mean,
-            logvar,
-            {key: value.to(device, non_blocking=True) for key, value in batch.items()},
-        )
+    def start_loader(train_set, *others):
+        batch = {key: value.pin_memory() for key, value in train_set[[0, 1, 2, 3]].items()}
 
-    step = bench.make_step(model, prepare, 2, 2, "bf16", False)
-    if compiled:
-        model.unet.compile(options=train.COMPILE)
-    step()
-    torch.cuda.set_sync_debug_mode("error")
+        def batches():
+            yield from repeat(batch, 2)  # the first step, which compiles
+            torch.cuda.set_sync_debug_mode("error")
+            yield from repeat(batch, 2)
+            raise Enough
+
+        return batches()
+
+    never = ["--log_every", 100, "--save_every", 100, "--val_every", 0, "--preview_every", 0]
+    command = [*SMALL, "--device", "cuda", "--batch_size", 4, "--accumulate", 2, "--steps", 100]
+    words = ["--archive", archive, "--out", tmp_path, *command, *never, "--precision", *flags]
     try:
-        step()
+        run_train([str(word) for word in words], train.build_model, start_loader, compile_in_place)
     finally:
         torch.cuda.set_sync_debug_mode("default")

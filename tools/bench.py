@@ -41,7 +41,7 @@ from lib.cli import (
     run_script,
 )
 from lib.distributed import open_device
-from lib.files import append
+from lib.files import append, check_writable
 from model import NovelViewModel
 from tools.bench_train import (
     RECIPES,
@@ -396,8 +396,7 @@ def main() -> None:
     if args.data:
         data.list_objects(args.data)  # raises InputError
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        append(args.out, "")
+        check_writable(args.out)
     limit_memory(device, args.memory_gb)
     for name in BENCHES if args.bench == "all" else [args.bench]:
         run_bench(name, args, device)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.cli import ArgumentParser, InputError, positive_finite_float, run_script
-from lib.files import append, read_lines
+from lib.files import append, check_writable, read_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,8 @@ def run_parts(parts: list[Part], minutes: float, out: Path) -> bool:
     """Runs the parts within so many minutes and prints the table. Returns whether none failed."""
     end = time.monotonic() + 60 * minutes
     all_ok = True
-    done = len(read_lines(out)) if out.exists() else 0
+    append(out, "")
+    done = len(read_lines(out))
     try:
         for part in parts:
             with tempfile.TemporaryDirectory() as folder:
@@ -331,7 +332,7 @@ def main() -> None:
         if name not in names:
             raise InputError(f"--parts {name}: none of {', '.join(names)}")
     chosen = [part for part in parts if not args.parts or part.name in args.parts]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     if not run_parts(chosen, args.minutes, out):
         raise SystemExit(1)
 
