@@ -408,7 +408,7 @@ def due(step: int, every: int, steps: int) -> bool:
 # ------------------------------------------------------------------------------------------- data
 
 
-def open_data(args, device: torch.device, precision: str):
+def open_data(args, device: torch.device, precision: str, rank: int = 0):
     """(training set, held-out set, prepare, frozen).
 
     prepare(batch of a set) -> (target mean, target log variance, condition), on the device. frozen:
@@ -433,6 +433,8 @@ def open_data(args, device: torch.device, precision: str):
             flags = {**flags, "layers": []}  # nothing would read the patch features
         encoder, codec = pretrained.open_frozen(argparse.Namespace(**flags), device)
         names = data.list_objects(args.data)
+        if rank == 0:
+            data.warn_of_odd_poses(args.data, names)
         train_names = data.split_objects(names, args.val_fraction, "train")
         val_names = data.split_objects(names, args.val_fraction, "val")
         train_set = data.ImagePairs(args.data, train_names, args.image_size, args.seed, args.pose)
@@ -629,7 +631,7 @@ def run_facts(args, precision: str, world: int, train_set, val_set, frozen: dict
     }
 
 
-def check_ranks(state: State, facts: dict, where: str, rank: int, world: int) -> None:
+def check_ranks(state: State, facts: dict, where: str, world: int) -> None:
     """Raises InputError where a rank found other files than rank 0."""
     found = {
         "steps": state.step,
@@ -637,7 +639,7 @@ def check_ranks(state: State, facts: dict, where: str, rank: int, world: int) ->
         "held-out objects": facts["held_out_objects"],
         "encoder and codec": facts["frozen"],
     }
-    check_alike(found, rank, world, where)
+    check_alike(found, world, where)
 
 
 def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scaler) -> State:
@@ -895,7 +897,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         (out / "preempted").unlink(missing_ok=True)
 
     # data, model, EMA, optimiser
-    train_set, val_set, prepare, frozen = open_data(args, device, precision)
+    train_set, val_set, prepare, frozen = open_data(args, device, precision, rank)
     scale = frozen["codec"]["scale"]
     with torch.compiler.set_stance("force_eager"):  # the compiler would specialise on batch size 1
         example_mean, _, example_condition = prepare(train_set[[0]])
@@ -920,7 +922,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     # resume, and make sure that all ranks found the same
     facts = run_facts(args, precision, world, train_set, val_set, frozen)
     state = resume(out, args, facts, rank, model, ema, optimizer, scaler)
-    check_ranks(state, facts, f"--out {out}, --archive or --data", rank, world)
+    check_ranks(state, facts, f"--out {out}, --archive or --data", world)
     global_batch = args.batch_size * state.accumulate * world
     facts["accumulate"] = state.accumulate
     facts["global_batch"] = global_batch

@@ -129,18 +129,19 @@ def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
     return total
 
 
-def check_alike(facts: dict, rank: int, world: int, where: str) -> None:
-    """Raises InputError where a rank finds other facts than rank 0: other files, say.
+def check_alike(facts: dict, world: int, where: str) -> None:
+    """Raises InputError, on every rank, where one finds other facts than rank 0: other files, say.
 
     facts: {what, in words: value}; where: the flags to look at.
     """
-    theirs = from_rank_0(facts, world)
-    for what, value in facts.items():
-        if value != theirs[what]:
-            raise InputError(
-                f"{where}: rank {rank} finds {what} {value}, rank 0 {theirs[what]}; "
-                "is one being written?"
-            )
+    of_all = gather_objects(facts, world)
+    for rank, theirs in enumerate(of_all):
+        for what, value in of_all[0].items():
+            if theirs[what] != value:
+                raise InputError(
+                    f"{where}: rank {rank} finds other {what}: {theirs[what]}, rank 0 {value}; "
+                    "is one being written?"
+                )
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
