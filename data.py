@@ -92,8 +92,8 @@ def relative_pose(cond: Tensor, target: Tensor, encoding: str = "zero123") -> Te
     """The camera move from cond to target, two (...,3,4) -> (...,4) float32.
 
     "zero123": [theta_t - theta_c, sin(dphi), cos(dphi), r_t - r_c], as Zero-1-to-3's get_T has it.
-    "elevation": the fourth number is theta_c in radians, as in Stable Zero123. The first encoding
-    leaves out from which elevation the move starts.
+    "elevation": the fourth number is theta_c in radians, as in Stable Zero123. It tells from which
+    elevation the move starts; "zero123" does not.
     """
     both = torch.stack(torch.broadcast_tensors(cond, target))
     theta, phi, r = spherical(both.double())  # (2,...) each: cond's and target's
@@ -189,7 +189,7 @@ def scan(root: Path) -> list[str]:
         # Real folders come before links, so that an object keeps its own name.
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         real = os.path.realpath(folder)
-        if real in seen:  # a loop, or an object's second name, which might be held out
+        if real in seen:  # a loop, or an object's second name: it could be in both splits
             below.clear()
             continue
         seen.add(real)
@@ -385,7 +385,7 @@ class MappedShard(NamedTuple):
 
     size: int  # the file's, in bytes
     tensors: dict[str, Tensor]
-    crc32: np.ndarray  # (N, keys), of each row by ROW_KEYS; numpy, whose elements cost less
+    crc32: np.ndarray  # (N, keys), of each row by ROW_KEYS; numpy indexes faster than torch
 
 
 class Archive(torch.utils.data.Dataset):
@@ -431,7 +431,7 @@ class Archive(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getstate__(self) -> dict:
-        """What a data worker that is not forked gets: no maps, or it would be sent whole shards."""
+        """What a spawned data worker gets: no maps, because pickling would copy whole shards."""
         return {**self.__dict__, "maps": {}}
 
     def find_objects(self, split: str) -> tuple[list[str], np.ndarray]:
@@ -466,7 +466,7 @@ class Archive(torch.utils.data.Dataset):
     def map_shard(self, shard: int) -> None:
         """Memory-maps a shard, unless it is mapped. Raises InputError, also where it has changed.
 
-        To read a map beyond the end of a file that was cut would kill the process.
+        Where a file was truncated, reading the map beyond its end would kill the process.
         """
         path = shard_path(self.root, shard)
         try:
@@ -554,10 +554,10 @@ class Archive(torch.utils.data.Dataset):
 
 
 def stack_for_the_trainer(rows: list[Tensor]) -> Tensor:
-    """Rows of one shape -> (B, ...). In a data worker the result is made in shared memory.
+    """Rows of one shape -> (B, ...). In a data worker default_collate makes it in shared memory.
 
-    The worker has to send it through shared memory anyway. Made in its own memory first, large
-    batches would fragment the worker's heap, which grows for hours.
+    The worker sends the batch through shared memory anyway. If torch.stack made it in the worker's
+    own memory first, large batches would fragment the heap, which then grows for hours.
     """
     return torch.utils.data.default_collate(rows)
 

@@ -341,7 +341,7 @@ def training_mean(root: str, val_fraction: float, size: int) -> Tensor | None:
 
 
 def file_hash(pairs: list[dict]) -> str:
-    """Of the sizes and times of the pairs' files: what is rendered again is scored again."""
+    """A hash of the sizes and times of the pairs' files: new renders are scored again."""
     stats = []
     for pair in pairs:
         for path in (pair["cond"], pair["target"], *pair["move"]):
@@ -384,7 +384,7 @@ def shared_settings(args, val_fraction: float, size: int, pairs: list[dict], met
 
 
 def model_settings(path: str, args, sampler: dict, model, meta: dict) -> dict:
-    """The settings that a model's rows have besides: which weights, and how they are sampled."""
+    """The further settings of a model's rows: which weights, and how they are sampled."""
     return {
         **sampler,
         "seed": args.seed,

@@ -31,11 +31,11 @@ TIMESTEPS = 1000
 def noise_schedule(prediction: str = "eps") -> Tensor:
     """alpha_bar (1000,) float32: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
 
-    The betas are Stable Diffusion's. At its last step x_t still holds 0.068 of the image, although
-    sampling starts from pure noise. Finetuning has to live with that. Training from scratch does
-    not: on small, mostly white images the mismatch shows as dark samples.
-    Deviation: for v and x0 prediction sqrt(alpha_bar) is shifted and scaled, so that it starts
-    unchanged and ends at exactly zero (Lin et al. 2024, "Common Diffusion Noise Schedules and
+    The betas are Stable Diffusion's. At t = 999 x_t still holds 0.068 of the image, but sampling
+    starts from pure noise. On small, mostly white images this mismatch shows as dark samples.
+    Finetuning has to keep the schedule of the pretrained UNet. Training from scratch can change it.
+    Deviation: for v and x0 prediction sqrt(alpha_bar) is shifted and scaled. It starts unchanged
+    and ends at exactly zero (Lin et al. 2024, "Common Diffusion Noise Schedules and
     Sample Steps are Flawed", section 3.1). With eps prediction x_0 would be undefined there.
     """
     if prediction not in ("eps", "v", "x0"):
@@ -103,9 +103,9 @@ def prediction_loss(
 ) -> Tensor:
     """The squared error of a network's output, averaged over C, H, W: one value a sample, (B,).
 
-    "eps": the error in the noise (equation 2). "v": in v = alpha noise - sigma x0 (Salimans & Ho
-    2022). "x0": in the image, with the weight 1 / sigma², which gives the v loss. The weight is
-    capped at 10, because nearly clean steps would dominate.
+    "eps": the error in the noise (equation 2). "v": the error in v = alpha noise - sigma x0
+    (Salimans & Ho 2022). "x0": the error in the image, times 1 / sigma², which equals the v loss.
+    This weight is capped at 10, because otherwise the nearly clean steps would dominate.
     """
     alpha, sigma = schedule_at(alpha_bar, t)
     output = output.float()
@@ -165,8 +165,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 def make_cc_projection(cls_dim: int, context_dim: int) -> nn.Linear:
     """Zero-1-to-3's linear map from [CLS, pose] (B, cls_dim + 4) to the context token (B, D).
 
-    Where the widths agree it starts as the identity on CLS. The pose's columns keep PyTorch's
-    default initialisation.
+    Where the two widths agree (CLIP's 768) it starts as the identity on CLS, and only the pose's
+    columns keep PyTorch's default initialisation. Elsewhere (DINOv2's 1024) all of it does.
     """
     linear = nn.Linear(cls_dim + 4, context_dim)
     if cls_dim == context_dim:
@@ -222,8 +222,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 def resize_matrix(grid: int, size: int) -> Tensor:
     """The linear map (size², grid²) that resizes a grid of tokens to size x size.
 
-    Area averaging where it shrinks, bilinear where it grows. As a constant matrix it is
-    deterministic, also in backward.
+    It averages areas where the grid shrinks, and is bilinear where the grid grows. The product with
+    a constant matrix is deterministic, in backward too; F.interpolate on a GPU is not.
     """
     basis = torch.eye(grid * grid).reshape(-1, 1, grid, grid)
     if size <= grid:
@@ -238,12 +238,12 @@ def amalgamate(features: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
 
     features (B, T, K): those of several ViT layers, concatenated from shallow to deep; weight
     (C, K): the stage's rows of the paper's single linear layer; matrix (N, T): `resize_matrix`.
-    Returns (B, C, H, W). The two linear maps commute, so the one that leaves fewer tokens goes
-    first. Zero features give exactly zero, because there is no bias: that is the null condition.
+    Returns (B, C, H, W). The two linear maps commute, so the projection runs where there are fewer
+    tokens. Zero features, the null condition, give exactly zero, because there is no bias.
 
-    The paper names the steps (concatenate, one linear layer, interpolate, add). Ours are where
-    they are added (at a stage's entry, before its skip), how they are resized, that there is no
-    bias, and that the layer is zero at first.
+    The paper names the steps: concatenate, one linear layer, interpolate, add. The rest is our
+    choice: the result is added at a stage's entry, before its skip is taken; `resize_matrix`
+    resizes; the layer has no bias and is zero at first.
     """
     size = math.isqrt(matrix.shape[0])
     if matrix.shape[0] < matrix.shape[1]:
@@ -259,10 +259,10 @@ def amalgamate(features: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """GroupNorm of x (B, C, H, W) in channels-last memory, which it keeps.
 
-    PyTorch's own returns NCHW memory on a GPU, so every convolution behind it would copy: compiled,
-    this one raised training from 664 to 681 samples/s. On a CPU PyTorch's loses precision in
-    channels-last memory: at mean / std 10 its error is 1.2e-4, this one's 1.6e-6
-    (docs/performance.md).
+    On a GPU PyTorch's own returns NCHW memory, so the next convolution has to copy. A compiled
+    prototype of this one raised training on an H100 from 664 to 681 samples/s. On a CPU PyTorch's
+    loses precision in channels-last memory: at mean / std 10 its error is 1.2e-4, and this one's
+    is 1.6e-6 (docs/performance.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,7 +305,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention under LDM's names; forward is self attention, (B, N, C) -> (B, N, C)."""
+    """Multi-head attention under LDM's names.
+
+    `forward` is self attention, (B, N, C) -> (B, N, C). `one_token` is cross attention.
+    """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
@@ -619,7 +622,7 @@ class NovelViewModel(nn.Module):
             data.relative_pose.
         pose_embedding: how the camera move enters: "token", in the context token alone (the paper
             and Zero-1-to-3), or "mlp", also in the timestep embedding (ours; see make_pose_mlp).
-        The others are UNet's.
+    UNet's docstring explains all other arguments.
     """
 
     def __init__(
@@ -689,8 +692,9 @@ class NovelViewModel(nn.Module):
         condition: "latent" (B, C, H, W), the condition view's (unscaled, although x_t is scaled by
         the codec's factor: Zero-1-to-3's quirk, which its checkpoints need); "cls" (B, cls_dim);
         "pose" (B, 4), the camera move; "patch" (B, T, K), unless nothing is amalgamated.
-        keep_context, keep_latent (B,) bool: False puts the null condition in the place of (context,
-        features and pose embedding) and of (condition latent), for classifier-free guidance.
+        keep_context, keep_latent (B,) bool, for classifier-free guidance: where keep_context is
+        False, context, features and pose embedding are zero; where keep_latent is False, the
+        condition latent is zero.
         """
         cond_latent = condition["latent"]
         context, pose_emb = self.embed_condition(condition["cls"], condition["pose"])

@@ -210,7 +210,7 @@ class ViewLoader:
 
 
 def stored(value: Tensor, form: str) -> Tensor:
-    """In the number format fp16 or fp8, clamped to its range: beyond it a cast to fp8 gives NaN."""
+    """The value as fp16 or fp8, clamped first: a cast to fp8 makes NaN of what is too large."""
     dtype = DTYPES[form]
     limit = torch.finfo(dtype).max
     return value.float().clamp(-limit, limit).to(dtype)
@@ -349,7 +349,7 @@ def check_begun(args: argparse.Namespace, names: list[str]) -> bool:
 
 
 def frozen_path(args: argparse.Namespace) -> Path:
-    """What the archive itself must keep of the encoder: random weights, the PCA."""
+    """The file of what the archive itself keeps of the encoder: random weights and the PCA."""
     return Path(args.archive) / "frozen.safetensors"
 
 

@@ -450,7 +450,7 @@ def open_frozen(
 
 
 def compile_frozen(encoder: ImageEncoder, codec: nn.Module | None = None) -> None:
-    """torch.compile what is run of them, in place."""
+    """Compiles the methods that are called, in place."""
     encoder.features = torch.compile(encoder.features)
     if codec is not None:
         codec.encode = torch.compile(codec.encode)
@@ -469,7 +469,7 @@ def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> 
 
 
 def split_own(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """(an encoder's weights or {}, its PCA or None) from what holds `own_tensors`, among others."""
+    """(an encoder's weights or {}, its PCA or None) from `own_tensors`; other names are ignored."""
     return with_prefix(tensors, "encoder."), with_prefix(tensors, "pca.") or None
 
 
@@ -574,7 +574,8 @@ def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | N
         return None
     meta, tensors = found
     check_finite(tensors, path)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}  # published ones are half
+    # tools.convert can write them in half precision.
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     with naming(f"{path}: its weights do not fit its metadata"):
         check_values(meta)
         model = NovelViewModel(**meta["model"])
@@ -721,7 +722,7 @@ def extend_conv_in(given: dict, own: dict, flag: str) -> dict[str, Tensor]:
 
 
 def without_other_encoders(given: dict, own: dict, flag: str) -> dict[str, Tensor]:
-    """The given tensors, without those that another image encoder needs, as their shapes tell."""
+    """The given tensors, without layers whose shapes show that they are for another encoder."""
     kept = dict(given)
     for part in ("unet.amalgamation.", "cc_projection."):
         names = [name for name in given if name.startswith(part)]
@@ -772,9 +773,10 @@ def image_size(path: str) -> int:
 
 
 def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
-    """Raises InputError where an --init disagrees with the model in what no shape shows.
+    """Raises InputError where an --init differs from the model in something that no shape shows.
 
-    encoder: the spec of the model's encoder. Prints where a checkpoint of ours knew other features.
+    encoder: the spec of the model's encoder. Prints a line where --init is a checkpoint of ours
+    that was trained with other features.
     """
     meta = own_meta(source)
     other_features = False

@@ -69,8 +69,9 @@ def ddim_step(
     """Equation 3 (DDIM's equation 12): from x_t to the next, less noisy latent.
 
     x0, eps: what the model predicts at x_t, (B,C,H,W); `eps` is the equation's F. alpha_bar,
-    alpha_bar_next: scalars, the equation's alpha_t and alpha_{t-1}. eta = 0 is deterministic,
-    eta = 1 adds as much noise as DDPM does (DDIM's equation 16).
+    alpha_bar_next: scalars, which this equation calls alpha_t and alpha_{t-1}, as DDIM does. (The
+    alpha_t of section 3.1 is sqrt(alpha_bar).) eta = 0 is deterministic, and eta = 1 adds as much
+    noise as DDPM does (DDIM's equation 16).
     """
     variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     sigma = eta * variance.clamp(min=0).sqrt()
@@ -165,11 +166,11 @@ def ddim(
     sampler: str = "ddim",
     on_step=None,
 ) -> Tensor:
-    """Sample target latents (B,C,H,W) as the UNet has them; `decode` makes images of them.
+    """Sample target latents (B,C,H,W), scaled as in training; `decode` makes images of them.
 
     conditions: as NovelViewModel.forward takes them, B rows each. Where there are several, each
     sample draws one at every step. generators: one on the CPU for each sample, so that a sample
-    does not depend on its batch. sampler: "ddim", or "dpm", which takes no eta. on_step(i, x0) is
+    does not depend on its batch. sampler: "ddim", or "dpm", which ignores eta. on_step(i, x0) is
     called with every step's predicted x0.
     """
     device = conditions[0]["latent"].device
@@ -228,7 +229,7 @@ def condition_on(image: Tensor, encoder, codec) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def decode(latent: Tensor, codec) -> Tensor:
-    """Latents as the UNet has them (B,C,h,w) -> images (B,3,H,W) in [-1,1]."""
+    """Latents (B,C,h,w), scaled as in training -> images (B,3,H,W) in [-1,1]."""
     return codec.decode(latent.float() / codec.scale).clamp(-1, 1)
 
 
@@ -435,7 +436,10 @@ def sampler_settings(args: argparse.Namespace, precision: str) -> dict:
 def add_checkpoint_flags(group, nargs: str | None = None) -> None:
     """Flags that open a checkpoint (several, by nargs), shared by all scripts that read one."""
     group.add_argument(
-        "--ckpt", required=True, nargs=nargs, help="a run, a step folder, or a weights file"
+        "--ckpt",
+        required=True,
+        nargs=nargs,
+        help="a run, a step folder, a weights file, a diffusers folder or a hub name",
     )
     group.add_argument(
         "--encoder_weights", help="the image encoder's weights, where the checkpoint has none"

@@ -65,7 +65,7 @@ from model import (
 from pretrained import autocast, encode_latent
 
 BINS = 10  # the loss is logged by timestep, in so many bins
-MAX_SKIPPED = 10  # steps without a finite gradient that stop a run, at the next line of the log
+MAX_SKIPPED = 10  # so many steps in a row without a finite gradient stop a run (`Log.write_step`)
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,7 +116,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
     flag("--workers", type=cli.nonnegative_int, default=4, help="processes that read data, a rank")
     pretrained.add_encoder_flags(
         parser.add_argument_group(
-            "what is frozen (read with --online; an archive knows it, all but where --vae is)"
+            "what is frozen (for --online; an archive records it; --vae says where its VAE is now)"
         )
     )
 
@@ -323,7 +323,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("give --archive, or --online with --data, or all three")
     if args.cond_dropout > 1 / 3:
         raise InputError(f"--cond_dropout {args.cond_dropout}: at most 1/3")
-    stages = max(3, len(args.channel_mult))
+    stages = max(3, len(args.channel_mult))  # 3: the default --attention passes with fewer, too
     for factor in args.attention:
         if factor not in [2**stage for stage in range(stages)]:
             raise InputError(f"--attention {factor}: stages are downsampled by 1, 2, 4, ...")
@@ -344,7 +344,8 @@ def notes_on_flags(args) -> list[str]:
     if not args.init and (args.prediction == "eps" or gaussian_at_the_end):
         notes.append(
             "note: these flags presume a pretrained UNet (--init). From scratch, eps prediction "
-            "learns slowly, and N(1000, 200) never shows the late timesteps (P(t < 400) is 0.3%): "
+            "learns slowly, and N(1000, 200) hardly shows the nearly clean steps (P(t < 400) is "
+            "0.3%): "
             "see presets/small.txt"
         )
     return notes
@@ -401,7 +402,7 @@ def losses_by_timestep(losses: Tensor, t: Tensor) -> Tensor:
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether what happens every so many steps happens after `step` of them; at the end it does."""
+    """Whether to do after `step` steps what is done `every` steps, and at the end (0: never)."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -411,9 +412,9 @@ def due(step: int, every: int, steps: int) -> bool:
 def open_data(args, device: torch.device, precision: str, rank: int = 0):
     """(training set, held-out set, prepare, frozen).
 
-    prepare(batch of a set) -> (target mean, target log variance, condition), on the device. frozen:
-    the specs of encoder and codec and what else a checkpoint keeps of them; see `save_checkpoint`.
-    Raises InputError.
+    prepare: `prepare_batch` with all arguments but the batch. frozen: what a checkpoint keeps of
+    encoder and codec: "encoder" and "codec", their specs; "tensors", weights that no public file
+    holds; "image_size", "val_fraction" and "objects" of the data. Raises InputError.
     """
     encoder = None
     codec = None
@@ -456,7 +457,7 @@ def open_data(args, device: torch.device, precision: str, rank: int = 0):
 
 
 def archived_networks(root: str, manifest: dict) -> dict:
-    """`frozen` of an archive; its own tensors are random weights and the PCA, where it has them."""
+    """`frozen` of an archive. Its "tensors" are random weights and the PCA, where it has them."""
     own = Path(root) / "frozen.safetensors"
     return {
         "encoder": manifest["encoder"],
@@ -483,7 +484,7 @@ def prepare_batch(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A batch of data.Archive or data.ImagePairs as the training step takes it, on the device.
 
-    encoder, codec: what was not archived and encodes the batch's images here; None otherwise.
+    encoder, codec: each encodes the batch's images here; None leaves what was archived.
     Returns the target's posterior mean and log variance (B, C, H, W) and the condition.
     """
     rows = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -531,7 +532,7 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
         )
     except ValueError as error:
         raise InputError(f"--width, --channel_mult, --heads or --image_size: {error}") from None
-    if args.unconditional:  # these never see a condition: zero, as --init extends Stable Diffusion
+    if args.unconditional:  # the condition's input weights get no gradient and stay zero
         nn.init.zeros_(model.unet.input_blocks[0][0].weight[:, channels:])
     return model
 
@@ -559,7 +560,8 @@ def check_memory(model: NovelViewModel, device: torch.device) -> None:
 def match_gradient_layout(model: NovelViewModel) -> None:
     """Gives the 1x1 convolutions the memory layout of their gradients.
 
-    They run as linear layers, whose gradients are contiguous; DDP would copy where layouts differ.
+    They run as linear layers, so their gradients are contiguous. Where a parameter's layout differs
+    from its gradient's, DDP would copy the gradient in every step.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("proj_in.weight", "proj_out.weight")):
@@ -567,7 +569,7 @@ def match_gradient_layout(model: NovelViewModel) -> None:
 
 
 def averages_of_trained(ema: NovelViewModel, model: NovelViewModel) -> list[Tensor]:
-    """The EMA's parameters of those that train in the model, in the same order."""
+    """The EMA's copies of the parameters that train, in the model's order."""
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     return [average for average, parameter in pairs if parameter.requires_grad]
 
@@ -613,7 +615,7 @@ class State:
 
 
 def run_facts(args, precision: str, world: int, train_set, val_set, frozen: dict) -> dict:
-    """The flags, and what they stand for here: a checkpoint keeps them, and resuming compares."""
+    """The flags, and facts on what they found here. A checkpoint keeps them for `resume`."""
     return {
         **vars(args),
         "precision": precision,
@@ -643,9 +645,10 @@ def check_ranks(state: State, facts: dict, where: str, world: int) -> None:
 
 
 def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scaler) -> State:
-    """The state of OUT's newest checkpoint, which also fills the last four; else a fresh one.
+    """Where training is, by OUT's newest checkpoint; a fresh state where there is none.
 
-    facts: `run_facts`. Raises InputError where one of them changed that must not.
+    The checkpoint also fills model, ema, optimizer and scaler. facts: `run_facts`. Raises
+    InputError where a fact changed that must stay.
     """
     device = model.alpha_bar.device
     losses = torch.zeros(2, BINS, dtype=torch.float64, device=device)
@@ -663,12 +666,13 @@ def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scale
         print("resuming with what differs from the checkpoint:", *changes, sep="\n  ")
     model.load_state_dict(saved["model"])
     ema.load_state_dict({name: ema_weights[name] for name in saved["model"]})
-    groups = optimizer.state_dict()["param_groups"]  # by the flags of this time
+    # This command's learning rate and weight decay count, not those of the checkpoint.
+    groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     if saved["args"]["precision"] == facts["precision"]:
         scaler.load_state_dict(saved["scaler"])
     if rank == 0:
-        losses = saved["losses"].to(device)  # the sum over ranks
+        losses = saved["losses"].to(device)  # a sum over all ranks, so one rank alone takes it
         checkpoints.point_at(out / f"step_{saved['step']:07d}")
     return State(
         accumulate=accumulate,
@@ -791,7 +795,8 @@ class Log:
 class HeldOut:
     """Held-out loss and previews. The pairs and the noise are fixed, so that runs compare.
 
-    It reads nothing that training draws. codec: decodes previews, on rank 0; scale: the codec's.
+    It has its own random generators, so it does not change training. codec: decodes previews; None
+    on all ranks but 0. scale: the codec's.
     """
 
     def __init__(self, val_set, prepare, codec, scale: float, args, precision: str, ranks):
@@ -974,16 +979,17 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
             keep = condition_dropout(u_drop, args.cond_dropout)
             if args.unconditional:
                 keep = torch.zeros_like(keep[0]), torch.zeros_like(keep[1])
-            wrapped.require_backward_grad_sync = micro == state.accumulate - 1  # DDP's no_sync
+            # DDP then sums gradients over ranks in the last micro-batch only; others ignore it.
+            wrapped.require_backward_grad_sync = micro == state.accumulate - 1
             with autocast(device, precision):
                 losses = training_losses(wrapped, x0, t, noise, condition, *keep)
             scaler.scale(losses.mean() / state.accumulate).backward()
             state.losses += losses_by_timestep(losses.detach(), t)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip)
-        scaler.step(optimizer)  # not where a gradient is not finite
+        scaler.step(optimizer)  # updates nothing where a gradient is not finite
         scaler.update()
-        optimizer.zero_grad(set_to_none=world == 1)  # DDP keeps its gradients: parts of its buckets
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients are views of its buckets
         update_ema(averaged, trained, ema_decay(state.step, args.ema))
         state.skipped += ~grad_norm.isfinite()
         # ----------------------------------------------------------------------------------------

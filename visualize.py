@@ -150,7 +150,7 @@ def foreground_views(archive: data.Archive, index: int) -> list[dict]:
 
 
 def nearest_to_45_degrees(views: list[dict]) -> tuple[int, int, float]:
-    """(i, j, degrees): the two views whose directions are apart by as near to 45 degrees as any."""
+    """(i, j, degrees): the two views whose directions differ by the angle nearest to 45 degrees."""
     centres = data.camera_centre(torch.stack([view["pose"] for view in views]))
     cosines = torch.cosine_similarity(centres[:, None], centres, dim=-1)
     angles = cosines.clamp(-1, 1).acos().rad2deg()  # (views, views)

@@ -1,7 +1,7 @@
 """Our own checkpoints, as files: what is written appears whole or not at all and is checksummed.
 
     RUN/step_0001000/model.safetensors   EMA weights, with what rebuilds the model as metadata
-    RUN/step_0001000/state.pt            what resuming takes: raw weights, optimiser, step, flags
+    RUN/step_0001000/state.pt            what else resuming takes: raw weights, optimiser, flags
     RUN/latest                           the name of the newest of these folders
 
 pretrained.py builds models from them.
@@ -129,7 +129,7 @@ def save_checkpoint(
         torch.save({"format": STATE_FORMAT, **state}, temporary / "state.pt")
         for path in (*temporary.iterdir(), temporary):
             flush(path)
-        shutil.rmtree(folder, ignore_errors=True)  # it was unreadable, and passed over
+        shutil.rmtree(folder, ignore_errors=True)  # only an unreadable one can be there
         os.rename(temporary, folder)
         flush(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError, disk full

@@ -113,7 +113,7 @@ def gather_objects(value, world: int) -> list:
 
 
 def any_rank(flag: bool, world: int) -> bool:
-    """Whether the flag is set on any rank. Over gloo, so that nobody waits for a GPU."""
+    """Whether the flag is set on any rank. The tensor is on the CPU, so nobody waits for a GPU."""
     if world == 1:
         return flag
     flags = torch.tensor(int(flag))

@@ -66,7 +66,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The records of a .jsonl file; a line that a crash tore, or still being written, is left out.
+    """The records of a .jsonl file, without lines that are torn or still being written.
 
     Raises InputError naming the file.
     """
