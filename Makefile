@@ -1,7 +1,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 DEMO := out/demo
-.PHONY: demo ablation test clean
+.PHONY: demo ablation gpu test clean
 
 # On a fresh machine, a CPU, nothing to download but Python packages: shapes, archive, train, sample, evaluate. The
 # random ViT of presets/frozen-small.txt stands in for DINOv2: its features mean nothing.
@@ -22,6 +22,10 @@ demo: $(VENV)/demo
 # Table 1's and figure 6's ablations at a size that a CPU can take; the script says how to make them larger.
 ablation: $(VENV)/demo
 	PYTHON=$(PYTHON) studies/ablation.sh
+
+# Everything that takes a GPU, in order of worth; the script says what.
+gpu: $(VENV)/test
+	$(PYTHON) -m tools.gpu_check
 
 # What CI runs: ruff and pytest, in a virtual environment.
 test: $(VENV)/test

@@ -38,6 +38,7 @@ from lib.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_pa
 from lib.cli import InputError
 from lib.images import IMAGE_EXTENSIONS, load_image
 
+POSE_ENCODINGS = ("zero123", "elevation")  # see relative_pose
 TAN_HALF_FOV = 16 / 35  # lens 35 mm, sensor 32 mm: 49.134 degrees
 SHARD_OBJECTS = 256  # objects a shard of an archive
 
@@ -98,7 +99,12 @@ def relative_pose(cond: Tensor, target: Tensor, encoding: str = "zero123") -> Te
     both = torch.stack(torch.broadcast_tensors(cond, target))
     theta, phi, r = spherical(both.double())  # (2,...) each: cond's and target's
     dphi = phi[1] - phi[0]
-    fourth = theta[0] if encoding == "elevation" else r[1] - r[0]
+    if encoding == "zero123":
+        fourth = r[1] - r[0]
+    elif encoding == "elevation":
+        fourth = theta[0]
+    else:
+        raise ValueError(f"pose encoding is one of {POSE_ENCODINGS}, not {encoding!r}")
     return torch.stack([theta[1] - theta[0], dphi.sin(), dphi.cos(), fourth], dim=-1).float()
 
 
@@ -399,7 +405,7 @@ class Archive(torch.utils.data.Dataset):
     Only the rows that a batch needs are read, and each is held against its checksum.
 
     images: the tree that was archived; batches then hold "cond" (B,3,H,W), the condition's image,
-        in place of "patch".
+        in place of "cls" and "patch".
     patch: whether to read patch features, where there are any. pose_encoding: see relative_pose.
     Raises InputError naming a file that is missing, damaged, or of another archive.
     """
@@ -537,14 +543,15 @@ class Archive(torch.utils.data.Dataset):
             "target_mean": self.gather("latent_mean", target),
             "target_logvar": self.gather("latent_logvar", target),
             "latent": self.gather("latent_mean", cond),
-            "cls": self.gather("cls", cond),
             "pose": relative_pose(
                 self.gather("pose", cond), self.gather("pose", target), self.pose_encoding
             ),
         }
         if self.images:
             batch["cond"] = torch.stack([self.image(*view) for view in cond_views])
-        elif self.patch and "patch" in self.shapes:
+            return batch
+        batch["cls"] = self.gather("cls", cond)
+        if self.patch and "patch" in self.shapes:
             batch["patch"] = self.gather("patch", cond)
         return batch
 

@@ -376,6 +376,7 @@ def shared_settings(args, val_fraction: float, size: int, pairs: list[dict], met
         "pairs": len(pairs),
         "image_size": size,
         "torch": torch.__version__,
+        "metrics": sorted(metrics),
         "lpips_net": args.lpips if has_lpips else None,
         "lpips_sha256": tensor_hash(metrics["lpips"].state_dict()) if has_lpips else None,
         "mse_range": [-1, 1],

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import pretrained
-from data import TAN_HALF_FOV, seeded
+from data import POSE_ENCODINGS, TAN_HALF_FOV, seeded
 from lib import cli
 from lib.cli import ArgumentParser, InputError, run_script
 from lib.distributed import open_device
@@ -270,6 +270,7 @@ def encode_moves(moves: Tensor, polar: Tensor | float, encoding: str) -> Tensor:
     """
     if encoding == "zero123":
         return moves
+    assert encoding == "elevation", encoding
     fourth = torch.as_tensor(polar, dtype=moves.dtype, device=moves.device).expand(len(moves), 1)
     return torch.cat([moves[:, :3], fourth], dim=1)
 
@@ -447,7 +448,7 @@ def add_checkpoint_flags(group, nargs: str | None = None) -> None:
     group.add_argument("--vae", help="the VAE's weights, where the checkpoint has none")
     group.add_argument(
         "--pose",
-        choices=["zero123", "elevation"],
+        choices=POSE_ENCODINGS,
         help="pose encoding of a checkpoint that is not ours; elevation: Stable Zero123's "
         "(default: zero123; ours know theirs)",
     )

@@ -60,6 +60,7 @@ from model import (
     NovelViewModel,
     condition_dropout,
     sample_timesteps,
+    timestep_density,
     training_losses,
 )
 from pretrained import autocast, encode_latent
@@ -152,7 +153,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
     flag(
         "--pose",
-        choices=["zero123", "elevation"],
+        choices=data.POSE_ENCODINGS,
         default="zero123",
         help="numbers of a camera move: elevation has the input's polar angle in the place of the "
         "change of distance (Stable Zero123's)",
@@ -319,8 +320,12 @@ def add_logging_flags(parser: ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError where flags do not go together."""
-    if not args.online and not args.archive or args.online != bool(args.data):
+    if not (args.archive or args.online):
         raise InputError("give --archive, or --online with --data, or all three")
+    if args.online and not args.data:
+        raise InputError("--online: needs --data, the renders that are encoded")
+    if args.data and not args.online:
+        raise InputError("--data: is read with --online only; an archive needs no images")
     if args.cond_dropout > 1 / 3:
         raise InputError(f"--cond_dropout {args.cond_dropout}: at most 1/3")
     stages = max(3, len(args.channel_mult))  # 3: the default --attention passes with fewer, too
@@ -340,13 +345,13 @@ def notes_on_flags(args) -> list[str]:
         notes.append(
             f"note: --warmup {args.warmup} is shortened to half of --steps, {args.steps // 2}"
         )
-    gaussian_at_the_end = args.t_sampling == "gaussian" and args.t_mean - args.t_std > 600
-    if not args.init and (args.prediction == "eps" or gaussian_at_the_end):
+    density = timestep_density(args.t_sampling, args.t_mean, args.t_std)
+    share = density[:400].sum().item()  # of the nearly clean steps
+    if not args.init and (args.prediction == "eps" or share < 0.01):
         notes.append(
-            "note: these flags presume a pretrained UNet (--init). From scratch, eps prediction "
-            "learns slowly, and N(1000, 200) hardly shows the nearly clean steps (P(t < 400) is "
-            "0.3%): "
-            "see presets/small.txt"
+            "note: without --init these flags train from scratch, but the paper's presume a "
+            f"pretrained UNet: {args.prediction} prediction, {share:.1%} of the timesteps below "
+            "400; presets/small.txt trains from scratch"
         )
     return notes
 
@@ -577,9 +582,10 @@ def averages_of_trained(ema: NovelViewModel, model: NovelViewModel) -> list[Tens
 def make_optimizer(model: NovelViewModel, args) -> torch.optim.Optimizer:
     """AdamW over all that trains (A.1); cc_projection learns at --cc_lr times the others' rate."""
     projection = list(model.cc_projection.parameters())
-    others = [p for p in model.unet.parameters() if p.requires_grad]
-    if model.pose_mlp is not None:
-        others.extend(model.pose_mlp.parameters())
+    others = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith("cc_projection."):
+            others.append(parameter)
     groups = [
         {"params": others, "lr_multiple": 1.0},
         {"params": projection, "lr_multiple": args.cc_lr},
@@ -620,7 +626,7 @@ def run_facts(args, precision: str, world: int, train_set, val_set, frozen: dict
         **vars(args),
         "precision": precision,
         "processes": world,
-        "objects": list_id(train_set.names),
+        "training_objects": list_id(train_set.names),
         "held_out_objects": list_id(val_set.names),
         "frozen": [
             frozen["encoder"]["sha256"],
@@ -637,7 +643,7 @@ def check_ranks(state: State, facts: dict, where: str, world: int) -> None:
     """Raises InputError where a rank found other files than rank 0."""
     found = {
         "steps": state.step,
-        "training objects": facts["objects"],
+        "training objects": facts["training_objects"],
         "held-out objects": facts["held_out_objects"],
         "encoder and codec": facts["frozen"],
     }
@@ -972,9 +978,10 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         draws = step_draws(args.seed, state.step, global_batch, latent_shape, device)
         for micro in range(state.accumulate):
             first = (micro * world + rank) * args.batch_size
-            u_t, u_drop, noise, posterior = (d[first : first + args.batch_size] for d in draws)
+            mine = slice(first, first + args.batch_size)
+            u_t, u_drop, noise, posterior_noise = (draw[mine] for draw in draws)
             mean, logvar, condition = prepare(next(batches))
-            x0 = scale * (mean + (0.5 * logvar).exp() * posterior)  # from the codec's posterior
+            x0 = scale * (mean + (0.5 * logvar).exp() * posterior_noise)
             t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
             keep = condition_dropout(u_drop, args.cond_dropout)
             if args.unconditional:
