@@ -598,11 +598,16 @@ def make_optimizer(model: NovelViewModel, args) -> torch.optim.Optimizer:
 def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Skips steps with non-finite gradients, in every precision; with fp16 it scales the loss, too.
 
-    The other precisions start at a scale of 1, which changes nothing.
+    With the other precisions the scale is 1 and stays so.
     """
     if precision == "fp16":
         return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    return torch.amp.GradScaler(
+        device.type,
+        init_scale=1.0,
+        backoff_factor=1 - 2**-30,  # it may not be 1; the scale, in float32, is not changed by it
+        growth_interval=2**31 - 1,
+    )
 
 
 # ----------------------------------------------------------------------------------------- resume
@@ -740,7 +745,7 @@ class Log:
         self.stuck = 0  # steps without progress, up to the last line
         self.bar = cli.progress(total=steps, initial=state.step, unit="step", disable=rank > 0)
         if rank == 0:
-            trim_log(path, state.step)
+            trim_log(path, state.step, held_out=state.validated)
 
     def say(self, *lines: str) -> None:
         if self.rank == 0:
@@ -967,7 +972,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
             if rank == 0:
                 saved = saved_state(state, losses_of_all, facts, model, optimizer, scaler)
                 checkpoints.save_checkpoint(out, saved, ema, frozen, args.keep, args.keep_every)
-        if stop or state.step == args.steps:
+        if stop or state.step >= args.steps:  # above: --steps was lowered
             break
 
         clock = time.perf_counter()
@@ -1010,7 +1015,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
             state.seconds += time.perf_counter() - clock
         log.bar.update()
 
-    if rank == 0 and state.step < args.steps:
+    if rank == 0 and stop:
         write_text(out / "preempted", "")
         log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
     log.bar.close()

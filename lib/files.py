@@ -92,14 +92,19 @@ def append(path: Path, text: str) -> None:
         raise InputError(f"{path}: {error.strerror}; checkpoints are intact") from None
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Drops the lines after this step, from which training resumes, and a torn last one."""
+def trim_log(path: Path, step: int, held_out: bool = True) -> None:
+    """Drops the lines after this step, from which training resumes, and a torn last one.
+
+    held_out: False drops this step's held-out loss, too, because it is computed again.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            again = record["step"] == step and "val_loss" in record and not held_out
+            if record["step"] <= step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
