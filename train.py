@@ -944,6 +944,10 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     facts["global_batch"] = global_batch
 
     if args.compile:
+        from torch._inductor.async_compile import maybe_warm_pool  # here: this takes a second
+
+        with start_workers_unstoppable():  # the compiler's own, too: a signal ends no compilation
+            maybe_warm_pool()
         compile_in_place(model.unet)
     wrapped = wrap_ddp(model, device) if world > 1 else model
     batches = start_loader(train_set, args, state, (rank, world), device)

@@ -24,10 +24,10 @@ def catch_signals() -> list[int]:
 
 @contextlib.contextmanager
 def start_workers_unstoppable():
-    """Data workers that are started inside the block ignore SIGNALS; they end with this process.
+    """Processes that are started inside the block ignore SIGNALS; they end with this process.
 
     torchrun and terminals send a signal to all processes of a job, and the step that is under way
-    still needs its workers.
+    still needs its data workers and those of the compiler.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
