@@ -751,6 +751,11 @@ class Log:
         if self.rank == 0:
             self.bar.write("\n".join(lines))
 
+    def close(self, summary: str) -> None:
+        self.bar.close()
+        if self.rank == 0:
+            print(summary)
+
     def doing(self, what: str) -> None:
         """What takes time now, on the progress bar."""
         self.bar.set_postfix_str(f"{what} ...")
@@ -944,10 +949,6 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     facts["global_batch"] = global_batch
 
     if args.compile:
-        from torch._inductor.async_compile import maybe_warm_pool  # here: this takes a second
-
-        with start_workers_unstoppable():  # the compiler's own, too: a signal ends no compilation
-            maybe_warm_pool()
         compile_in_place(model.unet)
     wrapped = wrap_ddp(model, device) if world > 1 else model
     batches = start_loader(train_set, args, state, (rank, world), device)
@@ -1022,9 +1023,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     if rank == 0 and stop:
         write_text(out / "preempted", "")
         log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
-    log.bar.close()
-    if rank == 0:
-        print(f"{out}: {state.step} steps in {state.seconds:.0f} s of training")
+    log.close(f"{out}: {state.step} steps in {state.seconds:.0f} s of training")
     leave_ranks(world)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.cli import InputError
+from lib.signals import start_workers_unstoppable
 
 
 def open_device(name: str, precision: str | None) -> tuple[torch.device, str]:
@@ -159,7 +160,12 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
 
 
 def compile_in_place(module: nn.Module) -> None:
-    """torch.compile that keeps the parameters' names."""
+    """torch.compile that keeps the parameters' names. Signals do not end its processes."""
+    from torch._inductor import async_compile  # here: this import takes a second
+
+    if hasattr(async_compile, "maybe_warm_pool"):
+        with start_workers_unstoppable():
+            async_compile.maybe_warm_pool()
     options = {}
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
         # A fusion for GPUs that fails an assertion of torch 2.14.1 at some shapes.
