@@ -3,21 +3,30 @@ PYTHON := $(VENV)/bin/python
 DEMO := out/demo
 .PHONY: demo ablation gpu test clean
 
-# On a fresh machine, a CPU, nothing to download but Python packages: shapes, archive, train, sample, evaluate. The
-# random ViT of presets/frozen-small.txt stands in for DINOv2: its features mean nothing.
+# On a fresh machine, a CPU, nothing to download but Python packages. First an orbit from the weights
+# that ship, then a model of your own: cars, archive, training, an orbit, scores.
+# What it is not: no DINOv2 (a random ViT stands in, its features mean nothing), no VAE (squares of
+# pixels), not the paper's timesteps and not its prediction (presets/small.txt).
 demo: $(VENV)/demo
+	$(PYTHON) sample.py --ckpt assets/cars.safetensors --image assets/car.png --no-crop --orbit 12 \
+		--steps 20 --scale 2 --out $(DEMO)/shipped
+	@echo "look at $(DEMO)/shipped/car/orbit.gif; now a model of your own, in about ten minutes"
 	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
-		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 && mv $(DEMO)/data.part $(DEMO)/data; }
-	$(PYTHON) precompute_dino.py @presets/frozen-small.txt --data $(DEMO)/data --archive $(DEMO)/archive --workers 1
-	$(PYTHON) train.py @presets/small.txt --archive $(DEMO)/archive --out $(DEMO) --steps 1200 --ema 0.997 \
-		--val_every 400 --val_pairs 32 --preview_every 0 --save_every 400 --workers 1
-	$(PYTHON) sample.py --ckpt $(DEMO) --image $(DEMO)/data/00767/000.png --no-crop --orbit 12 --steps 10 --scale 2 \
-		--out $(DEMO)/views
-	cp $(DEMO)/views/000/orbit.gif $(DEMO)/orbit.gif
-	$(PYTHON) evaluate.py --ckpt $(DEMO) --data $(DEMO)/data --shuffled --pairs 128 --steps 10 --scale 2 --lpips none \
-		--workers 1 --grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
+		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 --seed 1 && \
+		mv $(DEMO)/data.part $(DEMO)/data; }
+	$(PYTHON) precompute_dino.py @presets/frozen-small.txt --val_fraction 0.0625 \
+		--data $(DEMO)/data --archive $(DEMO)/archive --workers 1
+	$(PYTHON) train.py @presets/small.txt --archive $(DEMO)/archive --out $(DEMO) --steps 1200 \
+		--ema 0.997 --val_every 400 --val_pairs 32 --preview_every 0 --save_every 400 --workers 1
+	$(PYTHON) sample.py --ckpt $(DEMO) --image assets/car.png --no-crop --orbit 12 --steps 10 \
+		--scale 2 --out $(DEMO)/views
+	cp $(DEMO)/views/car/orbit.gif $(DEMO)/orbit.gif
+	$(PYTHON) evaluate.py --ckpt assets/cars.safetensors $(DEMO) --data $(DEMO)/data \
+		--val_fraction 0.0625 --shuffled --pairs 128 --steps 10 --scale 2 --lpips none --workers 1 \
+		--grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
 	$(PYTHON) visualize.py curves $(DEMO) --out $(DEMO)/loss
-	@echo "look at: $(DEMO)/samples.png $(DEMO)/orbit.gif $(DEMO)/loss.png $(DEMO)/log.jsonl"
+	@echo "This was no DINOv2, no VAE and not the paper's timesteps: a small model from scratch."
+	@echo "look at: $(DEMO)/shipped/car/orbit.gif $(DEMO)/orbit.gif $(DEMO)/samples.png $(DEMO)/loss.png"
 
 # Table 1's and figure 6's ablations at a size that a CPU can take; the script says how to make them larger.
 ablation: $(VENV)/demo
