@@ -205,6 +205,18 @@ def test_archive(tmp_path, capsys, tree):
     assert len(out.read_text().splitlines()) == 6  # appended
 
 
+@pytest.mark.slow
+def test_startup(tmp_path, capsys):
+    records = measured(capsys, tmp_path / "x", "startup")
+    assert [record["row"] for record in records] == [
+        *(f"{name}.py --help" for name in bench.SCRIPTS),
+        "train.py, one step and a checkpoint",
+        "train.py, resumed for one step more",
+    ]
+    for record in records:
+        assert record["cpu_seconds"] > 0
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 

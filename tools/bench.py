@@ -5,14 +5,16 @@
     python -m tools.bench train --rows ours --variants plain "NCHW GroupNorm" --compile default
     python -m tools.bench train --rows ours --micro_batches 64 96 128 --memory_gb 40 --checkpointing
     python -m tools.bench read --workers 0 1 2 4 8 16 --recipes fp16 fp8+pca
-    OMP_NUM_THREADS=1 python -m tools.bench train --micro_batches 8 --repeat 5       # medians
+    OMP_NUM_THREADS=1 python -m tools.bench train --micro_batches 8 --rows ours diffusers zero123 \
+        --compile off default --repeat 5                               # medians of 5 repetitions
+    python -m tools.bench startup --repeat 5
 
 Rows of `train`:
     ours        train.py itself, on one batch that stays in memory
     reading     train.py itself, reading an archive
     diffusers   train.py itself, around diffusers' UNet (no amalgamation, all of cross attention)
-    zero123     what Zero-1-to-3 does: float32, eager, checkpointed, two VAE encodes and CLIP inside
-                the step, an EMA tensor by tensor
+    zero123     what Zero-1-to-3 does: float32, checkpointed, two VAE encodes and CLIP inside the
+                step, an EMA tensor by tensor; it is eager there, so with --compile off
 Weights are random and, without --archive and --data, so are the data. The results are lines of JSON
 and a Markdown table. On one CPU thread, times are processor seconds, as if no other job ran.
 """
@@ -20,8 +22,12 @@ and a Markdown table. On one CPU thread, times are processor seconds, as if no o
 import argparse
 import dataclasses
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,10 +57,12 @@ from tools.bench_train import (
     measure,
     open_archive,
     stopwatch,
+    train_flags,
 )
 from tools.rivals import COMPILERS, SIZES, VARIANTS, Size, fill_zeros, random_frozen
 from tools.shapes import shapes
 
+ROOT = Path(__file__).parents[1]
 COLUMNS = {  # of the Markdown tables: key, format
     "train": {
         "micro_batch": "",
@@ -72,7 +80,9 @@ COLUMNS = {  # of the Markdown tables: key, format
     "sample": {"row": "", "views": "", "steps": "", "scale": "", "seconds": ".1f"},
     "read": {"recipe": "", "bytes_per_sample": ",", "workers": "", "samples_per_second": ".0f"},
     "archive": {"row": "", "compile": "", "workers": "", "views_per_second": ".1f"},
+    "startup": {"row": "", "seconds": ".2f", "cpu_seconds": ".2f"},
 }
+SCRIPTS = ("train", "sample", "evaluate", "visualize", "precompute_dino")
 
 
 # ------------------------------------------------------------------- sampling, reading, archiving
@@ -227,6 +237,52 @@ def view_rate(args, batches, workers: int) -> dict:
     return rate_of("views", *measure(take, args.seconds, now, warm_up=2 * workers + 1))
 
 
+# ---------------------------------------------------------------------------------------- start-up
+
+
+def run_timed(words: list) -> tuple[float, float]:
+    """(seconds, processor seconds) of a script. Raises CalledProcessError where it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, cpu_seconds
+
+
+def bench_startup(args, size: Size, device: torch.device):
+    """Medians of what each script takes for --help, and train.py for one step, new and resumed."""
+    for name in SCRIPTS:
+        times = [run_timed([f"{name}.py", "--help"]) for _ in range(args.repeat)]
+        yield startup_row(f"{name}.py --help", times)
+
+    settings = {
+        "row": "ours",
+        "micro_batch": args.micro_batches[0],
+        "accumulate": 1,
+        "compile": "off",
+    }
+    first, resumed = [], []
+    with open_archive(args, size, args.recipes[0]) as archive:
+        for _ in range(args.repeat):
+            with tempfile.TemporaryDirectory() as out:
+                words = ["train.py", *train_flags(args, size, archive, out, settings)]
+                first.append(run_timed([*words, "--steps", 1]))
+                resumed.append(run_timed([*words, "--steps", 2]))
+    yield startup_row("train.py, one step and a checkpoint", first)
+    yield startup_row("train.py, resumed for one step more", resumed)
+
+
+def startup_row(row: str, times: list[tuple[float, float]]) -> dict:
+    seconds, cpu_seconds = zip(*times, strict=True)
+    return {
+        "row": row,
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
+    }
+
+
 # ------------------------------------------------------------------------------------------- tables
 
 
@@ -265,6 +321,7 @@ BENCHES = {
     "sample": bench_sample,
     "read": bench_read,
     "archive": bench_archive,
+    "startup": bench_startup,
 }
 
 
@@ -298,6 +355,12 @@ def parse_args() -> argparse.Namespace:
         help="train: default is train.py's, others are torch.compile's modes; archive: off or not; "
         "default: off default on a GPU, else off",
     )
+    flag(
+        "--repeat",
+        type=positive_int,
+        default=1,
+        help="train, startup: repetitions, which alternate between rows; the table shows medians",
+    )
     flag("--steps", type=sample.step_count, default=50, help="sample: DDIM steps")
     flag("--archive", help="train, read: a real archive of these shapes")
     flag("--data", help="archive: a real tree of renders")
@@ -327,7 +390,6 @@ def add_train_flags(group) -> None:
         type=positive_int,
         help="micro-batches a step; default: 1536 samples' worth at full size, else 2",
     )
-    flag("--repeat", type=positive_int, default=1, help="repetitions, which alternate between rows")
     flag("--checkpointing", action="store_true", help="recompute our blocks in backward")
     flag("--deterministic", action="store_true", help="train.py's flag, for what it costs")
     flag("--profile", action="store_true", help="a table of one step's kernels")

@@ -294,17 +294,21 @@ def measure_zero123(args, size: Size, device: torch.device, settings: dict) -> d
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
     step = Zero123Step(size, settings["micro_batch"], settings["accumulate"], device)
+    flops = step.flops_per_sample()
+    if settings["compile"] != "off":
+        COMPILERS[settings["compile"]](step.model.unet)
     now = stopwatch(device)
+    first, _ = measure(step, 0, now, warm_up=0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, calls = measure(step, args.seconds, now)
+    seconds, calls = measure(step, args.seconds, now, warm_up=0)
     record = {
-        "first_step_seconds": None,
+        "first_step_seconds": first,
         "seconds": seconds,
         "steps": len(calls),
         "parameters": sum(p.numel() for p in step.model.parameters()),
         "feature_dim": 0,
-        "flops": step.flops_per_sample(),
+        "flops": flops,
         "memory_gb": peak_memory(device) if device.type == "cuda" else None,
     }
     if args.profile:
@@ -382,20 +386,17 @@ def try_row(args, size: Size, device: torch.device, archive: str, settings: dict
 def train_settings(args) -> list[dict]:
     """The rows of one repetition, for each micro-batch."""
     settings = []
-    for micro in args.micro_batches:
-        for row in args.rows:
-            ours = row == "ours"
-            for variant in args.variants if ours else ["plain"]:
-                for mode in ["off"] if row == "zero123" else args.compile:
-                    settings.append(
-                        {
-                            "micro_batch": micro,
-                            "row": row,
-                            "variant": variant,
-                            "compile": mode,
-                            "accumulate": micro_batches_a_step(args, micro, row),
-                        }
-                    )
+    for micro, row, mode in itertools.product(args.micro_batches, args.rows, args.compile):
+        for variant in args.variants if row == "ours" else ["plain"]:
+            settings.append(
+                {
+                    "micro_batch": micro,
+                    "row": row,
+                    "variant": variant,
+                    "compile": mode,
+                    "accumulate": micro_batches_a_step(args, micro, row),
+                }
+            )
     return settings
 
 

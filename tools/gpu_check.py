@@ -80,7 +80,12 @@ def make_parts(size: str, device: str, out: Path, until: float) -> list[Part]:
         Part("correctness", tests, 60, 100),
         Part("our step", train_rows("ours", "--compile", mode, "--profile"), 90, 150),
         Part("variants", train_rows("ours", "--compile", mode, "--variants", *variants), 60, 120),
-        Part("zero123's step", train_rows("zero123", batch=48 if full else 2), 30, 45),
+        Part(
+            "zero123's step",
+            train_rows("zero123", "--compile", "off", batch=48 if full else 2),
+            30,
+            45,
+        ),
         Part("diffusers' UNet", train_rows("diffusers", "--compile", mode), 60, 110),
         Part("archiving", bench("archive", "--compile", mode, "--workers", *workers()), 45, 90),
         Part("reading", bench("read", "--workers", 0, *workers(), *reading), 30, 60),
