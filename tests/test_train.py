@@ -311,7 +311,7 @@ def test_notes_for_newcomers(archive, tmp_path, capsys):
     flags = ["--archive", archive, "--out", tmp_path / "run", *TRAIN, "--steps", 1]
     call(train, *flags, "--prediction", "eps", "--val_every", 0)
     printed = capsys.readouterr().out
-    assert "these flags presume a pretrained UNet" in printed
+    assert "without --init these flags train from scratch" in printed
     assert "--warmup 2 is shortened to half of --steps, 0" in printed
 
 
@@ -387,7 +387,8 @@ def test_a_held_out_image_that_cannot_be_read_stops_the_run_before_training(tree
     "flags, words",
     [
         ("", "give --archive, or --online with --data"),
-        ("--archive ARCHIVE --data TREE", "give --archive, or --online with --data"),
+        ("--archive ARCHIVE --data TREE", "--data: is read with --online only"),
+        ("--online", "--online: needs --data"),
         ("--archive TREE", "manifest.json"),
         ("--archive ARCHIVE --max_skips 3", "unrecognized arguments: --max_skips"),
         ("--archive ARCHIVE --skip_bad", "unrecognized arguments: --skip_bad"),
