@@ -45,7 +45,14 @@ from tqdm import tqdm
 import data
 from lib.archives import ARCHIVE_FORMAT, read_manifest, save_manifest, save_shard, shard_path
 from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, progress, run_script
-from lib.distributed import join_ranks, leave_ranks, on_rank_0, open_device, wait_for_all
+from lib.distributed import (
+    join_ranks,
+    leave_ranks,
+    on_rank_0,
+    open_device,
+    wait_for_all,
+    without_compiler,
+)
 from lib.files import lock, write_atomically
 from lib.formats import read_tensors
 from lib.images import load_image
@@ -274,7 +281,6 @@ def arrived(rows: dict[str, Tensor], event: torch.cuda.Event | None) -> dict[str
 # ---------------------------------------------------------------------------------------------- PCA
 
 
-@torch.compiler.set_stance("force_eager")
 def fit_pca(
     batches, encoder: torch.nn.Module, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Tensor]:
@@ -285,7 +291,7 @@ def fit_pca(
     """
     count, total, outer = 0, 0, 0  # of the foreground tokens: number, sum, sum of outer products
     for batch in progress(batches, desc="fitting the PCA", unit="batch"):
-        with autocast(device, args.precision):
+        with without_compiler(), autocast(device, args.precision):
             patch = encoder(batch["image"].to(device))[1].double()
         foreground = patch_cover(batch["alpha"], encoder.tokens).to(device) > 0.5
         tokens = patch[foreground]  # (n, K0)
@@ -307,7 +313,6 @@ def fit_pca(
     return {"mean": mean.float().cpu(), "components": components.float().cpu()}
 
 
-@torch.compiler.set_stance("force_eager")
 def storage_error(
     image: Tensor, encoder: torch.nn.Module, args: argparse.Namespace, device: torch.device
 ) -> float:
@@ -315,7 +320,7 @@ def storage_error(
 
     The root mean square of the error, divided by that of the features.
     """
-    with autocast(device, args.precision):
+    with without_compiler(), autocast(device, args.precision):
         exact = encoder.features(image.to(device))[1]
         projected = encoder.project(exact)
     restored = stored(projected, args.patch_dtype).float()

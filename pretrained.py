@@ -10,11 +10,8 @@ import contextlib
 import math
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lib.autoencoder import AutoencoderKL, load_autoencoder
@@ -242,6 +239,8 @@ def plain_norm(x: Tensor) -> Tensor:
 
 def create_vit(name: str, weights, timm_args: dict) -> nn.Module:
     """timm's ViT of this name. Only random weights are initialised here. Raises InputError."""
+    import timm  # here, as below: it takes a second or two, also of --help
+
     args = dict(timm_args)
     if "_clip_" not in name:  # CLIP's head is its projection
         args.setdefault("num_classes", 0)
@@ -276,6 +275,8 @@ def load_vit(vit: nn.Module, name: str, weights: str) -> None:
         repo = vit.pretrained_cfg.get("hf_hub_id") or name
         file = vit.pretrained_cfg.get("hf_hub_filename") or "model.safetensors"
         weights = from_hub(repo, [file], "it to --weights (sample.py: --encoder_weights)") / file
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
     tensors = read_image_encoder(weights)
     try:
         state = checkpoint_filter_fn(clip_to_timm(tensors), vit)
@@ -307,6 +308,8 @@ def resize_positions(vit: nn.Module, name: str, image_size: int) -> None:
     Deviation: for DINOv2 without registers Meta's code adds .1 to the new grid's size, which
     samples up to .2 of a cell off. Ours and transformers' do not.
     """
+    from timm.layers import resample_abs_pos_embed
+
     positions = vit.pos_embed.detach()
     old_grid = vit.patch_embed.grid_size
     vit.set_input_size((image_size, image_size))

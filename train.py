@@ -50,6 +50,7 @@ from lib.distributed import (
     open_device,
     peak_memory,
     sum_over_ranks,
+    without_compiler,
     wrap_ddp,
 )
 from lib.files import append, lock, trim_log, write_text
@@ -825,7 +826,6 @@ class HeldOut:
         self.rank, self.world = ranks
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # the compiler would specialise on these batch sizes
     def losses(self, networks: list[NovelViewModel]) -> list[list[float]]:
         """Each network's loss at the middle timestep of each bin, averaged over the pairs."""
         device = networks[0].alpha_bar.device
@@ -833,7 +833,8 @@ class HeldOut:
         positions = list(range(self.rank, self.args.val_pairs, self.world))
         for first in range(0, len(positions), self.args.batch_size):
             chunk = positions[first : first + self.args.batch_size]
-            totals += self.losses_of_pairs(networks, chunk, device)
+            with without_compiler():
+                totals += self.losses_of_pairs(networks, chunk, device)
         return (sum_over_ranks(totals, self.world) / self.args.val_pairs).tolist()
 
     def losses_of_pairs(self, networks, positions: list[int], device: torch.device) -> Tensor:
@@ -856,18 +857,15 @@ class HeldOut:
                 row[b] = losses.sum()
         return sums
 
-    @torch.compiler.set_stance("force_eager")
     def save_preview(self, path: Path, network: NovelViewModel) -> None:
         """A grid of eight held-out pairs: condition, target, the network's sample."""
-        mean, _, condition = self.prepare(self.val_set[list(range(8))])
+        with without_compiler():
+            mean, _, condition = self.prepare(self.val_set[list(range(8))])
         generators = [data.seeded(0, i) for i in range(8)]
+        guidance = 0.0 if self.args.unconditional else 3.0
         latents = sample.ddim(
-            network,
-            [condition],
-            generators,
-            scale=0.0 if self.args.unconditional else 3.0,
-            precision=self.precision,
-        )
+            network, [condition], generators, scale=guidance, precision=self.precision
+        )  # the EMA model, which is not compiled
         codec = self.codec.to(mean.device)
         columns = [
             sample.decode(self.scale * condition["latent"], codec),
@@ -886,7 +884,8 @@ def make_deterministic() -> None:
     """The same bits in every run on one GPU (--deterministic)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch._inductor.config.deterministic = True  # no kernel is chosen by its measured time
+    if hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = True  # no kernel is chosen by its measured time
 
 
 def start_loader(train_set, args, state: State, ranks, device: torch.device):
@@ -920,7 +919,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     # data, model, EMA, optimiser
     train_set, val_set, prepare, frozen = open_data(args, device, precision, rank)
     scale = frozen["codec"]["scale"]
-    with torch.compiler.set_stance("force_eager"):  # the compiler would specialise on batch size 1
+    with without_compiler():
         example_mean, _, example_condition = prepare(train_set[[0]])
     latent_shape = example_mean.shape[1:]
     model = build_model(args, frozen, latent_shape[-1])

@@ -159,6 +159,11 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     )
 
 
+def without_compiler():
+    """A block in which compiled code runs eagerly: the compiler would specialise on its sizes."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def compile_in_place(module: nn.Module) -> None:
     """torch.compile that keeps the parameters' names. Signals do not end its processes."""
     from torch._inductor import async_compile  # here: this import takes a second

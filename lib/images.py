@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from lib.cli import InputError, one_line
 from lib.files import write_atomically
@@ -273,6 +272,8 @@ def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -
     grey = 0.84
     images = torch.stack([image.float().cpu() for row in rows for image in row])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    from torchvision.utils import make_grid  # here: it takes a second, also of --help
+
     grid = make_grid(images, len(labels), padding=gap, pad_value=grey)
     canvas = to_pil(F.pad(grid, (0, 0, label_height, 0), value=grey))
     draw = ImageDraw.Draw(canvas)
