@@ -345,7 +345,7 @@ def test_the_five_rows_of_table_1_start_from_one_checkpoint(tree, run, tmp_path,
     for row, (archive, flags) in rows.items():
         start = ["--archive", tmp_path / archive, "--init", run]
         call(train, *start, "--out", tmp_path / row, *TRAIN, *flags)
-        assert "init: loaded" in capsys.readouterr().out
+        assert f"init {run}: loaded" in capsys.readouterr().out
         losses[row] = logged(tmp_path / row, "loss")
     assert losses["zero123"][0] != losses["gaussian"][0] != losses["dino"][0]
     assert losses["gaussian"][0] == losses["amalgamation"][0]
