@@ -40,6 +40,7 @@ from lib.checkpoints import tensor_hash
 from lib.cli import (
     ArgumentParser,
     InputError,
+    default_workers,
     fraction,
     nonnegative_int,
     positive_int,
@@ -658,8 +659,8 @@ def parse_args():
     add(
         "--workers",
         type=nonnegative_int,
-        default=4,
-        help="processes that decode images, per rank",
+        default=default_workers(),
+        help="processes that decode images, per rank; at most 4 by default, and no more than cores",
     )
 
     group = parser.add_argument_group(
@@ -686,6 +687,8 @@ def main() -> None:
     rank, world = join_ranks()
     open_table(Path(args.out))  # to fail now and not after sampling, where it can't be written
     check_checkpoints(args)
+    if rank == 0:
+        data.warn_of_odd_poses(args.data, data.list_objects(args.data))
     metrics = open_metrics(args, device, rank, world)
     lines: dict[str, dict] = {}  # by "id": checkpoints share baselines
     for path in args.ckpt:

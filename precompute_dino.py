@@ -105,7 +105,10 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("system")
     group.add_argument("--batch_size", type=positive_int, default=64, help="views a batch")
     group.add_argument(
-        "--workers", type=nonnegative_int, default=4, help="processes that decode images, a rank"
+        "--workers",
+        type=nonnegative_int,
+        default=default_workers(),
+        help="processes that decode images, a rank; at most 4 by default, and no more than cores",
     )
     group.add_argument(
         "--precision",
@@ -499,6 +502,12 @@ def collect_shard(batches, views: int, objects: int, bar: tqdm) -> dict[str, Ten
             for key, value in rows.items():
                 tensors[key] = value.new_empty(views, *value.shape[1:])
         stop = filled + len(rows["object"])
+        for key in ("latent_mean", "latent_logvar", "cls"):
+            if not rows[key].isfinite().all():
+                raise InputError(
+                    f"{key} of views {filled} to {stop - 1} of a shard holds NaN or infinity: does "
+                    "--precision fp32 mend it?"
+                )
         for key, value in rows.items():
             tensors[key][filled:stop] = value
         bar.update(stop - filled)

@@ -7,7 +7,9 @@ B batch, C latent channels, T patch tokens, D width of the image encoder.
 
 import argparse
 import contextlib
+import functools
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -438,10 +440,7 @@ def open_frozen(
             f"--image_size {args.image_size} is not a multiple of the codec's factor {codec.factor}"
         )
     if args.codec == "sd" and codec.scale != AutoencoderKL.scale:
-        print(
-            f"--vae {args.vae}: latents are multiplied by its own scaling_factor {codec.scale:g}, "
-            f"not by Stable Diffusion 1.x's {AutoencoderKL.scale}"
-        )
+        say_scale(args.vae, codec.scale)
     saved, pca = split_own(tensors or {})
     weights = saved if args.weights == "random" and saved else args.weights
     encoder = ImageEncoder(args.encoder, weights, tuple(args.layers), args.encoder_size, pca)
@@ -450,6 +449,16 @@ def open_frozen(
     if args.compile:
         compile_frozen(encoder, codec)
     return encoder, codec
+
+
+@functools.cache
+def say_scale(vae: str, scale: float) -> None:
+    """Prints that a VAE has a scale of its own: once a process, and once a job of several ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"--vae {vae}: latents are multiplied by its own scaling_factor {scale:g}, "
+            f"not by Stable Diffusion 1.x's {AutoencoderKL.scale}"
+        )
 
 
 def compile_frozen(encoder: ImageEncoder, codec: nn.Module | None = None) -> None:

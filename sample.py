@@ -229,8 +229,12 @@ def condition_on(image: Tensor, encoder, codec) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def decode(latent: Tensor, codec) -> Tensor:
-    """Latents (B,C,h,w), scaled as in training -> images (B,3,H,W) in [-1,1]."""
-    return codec.decode(latent.float() / codec.scale).clamp(-1, 1)
+    """Latents (B,C,h,w), scaled as in training -> images (B,3,H,W) in [-1,1].
+
+    What is not finite is NaN in them, and never a white or black pixel.
+    """
+    image = codec.decode(latent.float() / codec.scale)
+    return image.clamp(-1, 1).where(image.isfinite(), torch.nan)
 
 
 def camera_moves(azimuth: list[float], elevation: list[float], distance: list[float]) -> Tensor:
@@ -313,7 +317,7 @@ def sample_views(
         generators = [seeded(seed, first + i) for i in range(len(targets))]
         latent = ddim(model, conditions, generators, on_step=on_step, **settings)
         batch = decode(latent, codec)
-        if not (latent.isfinite().all() and batch.isfinite().all()):
+        if not batch.isfinite().all():
             raise InputError(
                 f"view {first} holds NaN or infinity: does --precision fp32 mend it? If not, the "
                 "weights of --ckpt or --vae are damaged"

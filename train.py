@@ -18,6 +18,7 @@ accumulation change nothing but rounding.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -115,7 +116,12 @@ def add_data_flags(parser: ArgumentParser) -> None:
         help="encode --data's images while training; with --archive, run the image encoder only",
     )
     flag("--data", help="with --online: renders in Zero-1-to-3's layout")
-    flag("--workers", type=cli.nonnegative_int, default=4, help="processes that read data, a rank")
+    flag(
+        "--workers",
+        type=cli.nonnegative_int,
+        default=cli.default_workers(),
+        help="processes that read data, a rank; at most 4 by default, and no more than cores",
+    )
     pretrained.add_encoder_flags(
         parser.add_argument_group(
             "what is frozen (for --online; an archive records it; --vae says where its VAE is now)"
@@ -729,6 +735,15 @@ def step_values(state: State, lr: float, grad_norm: Tensor, device: torch.device
     }
 
 
+def finite_or_none(value):
+    """The value of a log's line, with None for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Log:
     """log.jsonl and the progress bar. Rank 0 has both; other ranks write nothing."""
 
@@ -743,6 +758,7 @@ class Log:
         self.last_seconds = state.seconds
         self.last_skipped = int(state.skipped)
         self.last_loss = None
+        self.last_text = ""  # on the bar, of the last line
         self.stuck = 0  # steps without progress, up to the last line
         self.bar = cli.progress(total=steps, initial=state.step, unit="step", disable=rank > 0)
         if rank == 0:
@@ -757,16 +773,19 @@ class Log:
         if self.rank == 0:
             print(summary)
 
-    def doing(self, what: str) -> None:
-        """What takes time now, on the progress bar."""
+    @contextlib.contextmanager
+    def doing(self, what: str):
+        """The progress bar says inside the block what takes time now, and then the loss again."""
         self.bar.set_postfix_str(f"{what} ...")
+        yield
+        self.bar.set_postfix_str(self.last_text, refresh=False)
 
     def write(self, state: State, values: dict) -> None:
         line = {
             "step": state.step,
             "seconds": round(state.seconds, 2),
             "samples": state.step * self.global_batch,
-            **values,
+            **finite_or_none(values),
         }
         if self.rank == 0:
             append(self.path, json.dumps(line) + "\n")
@@ -799,7 +818,8 @@ class Log:
         text = "no finite loss" if loss is None else f"loss {loss:.4f}"
         if loss and self.last_loss and loss > 10 * self.last_loss:
             text += f" (JUMPED from {self.last_loss:.4f})"
-        self.bar.set_postfix_str(f"{text}, lr {values['lr']:.1e}, {rate:.0f} samples/s")
+        self.last_text = f"{text}, lr {values['lr']:.1e}, {rate:.0f} samples/s"
+        self.bar.set_postfix_str(self.last_text)
         self.last_step = state.step
         self.last_seconds = state.seconds
         self.last_skipped = values["skipped"]
@@ -906,9 +926,9 @@ def start_loader(train_set, args, state: State, ranks, device: torch.device):
 
 def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece)
     args = parse_args()
-    stop_signals = catch_signals()
     device, precision = open_device(args.device, args.precision)
     rank, world = join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    stop_signals = catch_signals()  # not before: a rank that waits for others has nothing to save
     if args.deterministic:
         make_deterministic()
     out = Path(args.out)
@@ -964,18 +984,18 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         stop = any_rank(bool(stop_signals), world)
         if not (stop or state.validated or len(val_set) == 0):
             if due(state.step, args.val_every, args.steps):
-                log.doing("held-out loss")
-                log.write_held_out(state, *held_out.losses([model, ema]))
+                with log.doing("held-out loss"):
+                    log.write_held_out(state, *held_out.losses([model, ema]))
             if due(state.step, args.preview_every, args.steps) and rank == 0:
-                log.doing("preview")
-                held_out.save_preview(out / "previews" / f"step_{state.step:07d}.png", ema)
+                with log.doing("preview"):
+                    held_out.save_preview(out / "previews" / f"step_{state.step:07d}.png", ema)
             state.validated = True
         if state.step > first_step and (stop or due(state.step, args.save_every, args.steps)):
-            log.doing("saving")
-            losses_of_all = sum_over_ranks(state.losses, world)
-            if rank == 0:
-                saved = saved_state(state, losses_of_all, facts, model, optimizer, scaler)
-                checkpoints.save_checkpoint(out, saved, ema, frozen, args.keep, args.keep_every)
+            with log.doing("saving"):
+                losses_of_all = sum_over_ranks(state.losses, world)
+                if rank == 0:
+                    saved = saved_state(state, losses_of_all, facts, model, optimizer, scaler)
+                    checkpoints.save_checkpoint(out, saved, ema, frozen, args.keep, args.keep_every)
         if stop or state.step >= args.steps:  # above: --steps was lowered
             break
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import re
 import shlex
 import signal
@@ -83,6 +84,17 @@ def positive_int(text: str) -> int:
 
 def nonnegative_int(text: str) -> int:
     return _number(text, int, lambda n: n >= 0, "0 or above")
+
+
+def default_workers(most: int = 4) -> int:
+    """The default of --workers: a process for each core that this rank may use, at most so many.
+
+    PyTorch warns of more. Ranks of one machine share its cores.
+    """
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux; less than cpu_count in a container
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(most, cores // ranks))
 
 
 def seed(text: str) -> int:

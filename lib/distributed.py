@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import resource
+import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def join_ranks(backend: str = "gloo") -> tuple[int, int]:
         print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
     # Over gloo ranks wait for hours while rank 0 works; NCCL keeps its own time limit.
     timeout = timedelta(days=2) if backend == "gloo" else None
+    # While it waits, Python's own handler of Ctrl-C does not run, and the process would not end.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     dist.init_process_group(backend, timeout=timeout)
+    signal.signal(signal.SIGINT, handler)
     return dist.get_rank(), dist.get_world_size()
 
 

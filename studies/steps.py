@@ -19,7 +19,7 @@ import sample
 from data import seeded
 from evaluate import condition_of, fixed_pairs, load_pairs, psnr
 from lib import cli
-from lib.cli import ArgumentParser, progress, run_script
+from lib.cli import ArgumentParser, InputError, progress, run_script
 from lib.distributed import open_device
 from lib.files import check_writable, write_atomically, write_jsonl
 
@@ -131,6 +131,8 @@ def main() -> None:
                 model, [condition], generators, steps, eta, args.scale, precision, sampler
             )
             views.append(sample.decode(latent, codec).cpu())
+        if not all(batch.isfinite().all() for batch in views):
+            raise InputError(f"--ckpt {args.ckpt}: a view by {sampler} is not finite")
         return torch.cat(views)
 
     targets = torch.cat([target for _, target, _ in batches])

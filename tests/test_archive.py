@@ -306,6 +306,18 @@ def test_nothing_sound_is_no_archive(tree, tmp_path):
         call(precompute_dino, "--data", root, "--archive", tmp_path / "a", *ARCHIVE, "--skip_bad")
 
 
+def test_what_is_not_finite_is_not_archived(tree, tmp_path):
+    """Weights can be finite and overflow in what they compute, above all in fp16."""
+    torch.manual_seed(0)
+    tensors = AutoencoderKL(32, (1, 1), 1).state_dict()
+    tensors["encoder.conv_in.weight"] = 1e38 * tensors["encoder.conv_in.weight"]
+    torch.save({f"first_stage_model.{k}": v for k, v in tensors.items()}, tmp_path / "vae.ckpt")
+    flags = ["--data", tree, "--archive", tmp_path / "a", *ARCHIVE]
+    with pytest.raises(InputError, match="latent_mean of views 0 to .* NaN or infinity"):
+        call(precompute_dino, *flags, "--codec", "sd", "--vae", tmp_path / "vae.ckpt")
+    assert not list((tmp_path / "a").glob("0*.safetensors"))
+
+
 def test_odd_poses_are_noted_and_archived(tree, tmp_path, capsys):
     root = copied(tree, tmp_path)
     for path in root.glob("*/00?.npy"):

@@ -236,6 +236,17 @@ def test_a_view_that_is_not_finite_stops_it(run, tree, value):
         sample.sample_views(image, poses, model, encoder, codec, settings)
 
 
+def test_decoding_hides_no_infinity():
+    """Clamped, an infinity would be a white pixel like any other."""
+    latent = torch.zeros(1, 48, 2, 2)
+    latent[0, 0, 0, 0] = float("inf")
+    latent[0, 1, 0, 0] = 7
+    image = sample.decode(latent, pretrained.SpaceToDepth(4))
+    assert image[0, 0, 0, 0].isnan()
+    assert image[0, 0, 0, 1] == 1
+    assert image.isfinite().sum() == image.numel() - 1
+
+
 @pytest.mark.slow
 def test_one_process_joins_no_group(run, tree, tmp_path, monkeypatch):
     """As where a scheduler sets torchrun's variables for a command that needs one process."""

@@ -11,7 +11,6 @@ view of it that has an image and a pose is readable.
 
 import argparse
 import json
-import os
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,14 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 import data
-from lib.cli import ArgumentParser, InputError, nonnegative_int, progress, run_script
+from lib.cli import (
+    ArgumentParser,
+    InputError,
+    default_workers,
+    nonnegative_int,
+    progress,
+    run_script,
+)
 from lib.files import write_atomically
 from lib.images import IMAGE_EXTENSIONS, open_image
 
@@ -130,7 +136,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=nonnegative_int,
-        default=min(os.cpu_count(), 16),
+        default=default_workers(16),
         help="processes; 0: this one only",
     )
 

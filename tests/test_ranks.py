@@ -1,0 +1,41 @@
+"""Processes: how many data workers there are by default, and waiting for the other ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from lib import cli
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(64, 1, 4), (2, 1, 2), (1, 1, 1), (64, 8, 4), (8, 8, 1)]
+)
+def test_workers_are_no_more_than_cores(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert cli.default_workers() == workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_others_can_be_stopped(tmp_path, number):
+    """There is nothing to save yet, so the first signal ends it."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    command = [sys.executable, ROOT / "train.py", "--archive", "x", "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    try:
+        assert process.stdout.readline() == "waiting for 2 processes\n"
+        process.send_signal(number)
+        assert process.wait(timeout=60) == -number
+    finally:
+        process.kill()
+        process.stdout.close()
