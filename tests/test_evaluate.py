@@ -242,6 +242,16 @@ def test_a_foreign_checkpoints_split_needs_the_list_of_objects(tree, tmp_path, c
     assert not warned(held_out, foreign)
 
 
+def test_odd_poses_are_noted(tree, run, tmp_path, capsys):
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    for path in root.glob("*/00?.npy"):
+        np.save(path, np.load(path) * [1, 1, 1, 100])
+    flags = ["--pairs", 2, "--steps", 1, "--lpips", "none", "--workers", 0, "--device", "cpu"]
+    call(evaluate, "--ckpt", run, "--data", root, *flags, "--out", tmp_path / "eval.jsonl")
+    assert capsys.readouterr().out.count("WARNING: camera's distance is far from 1.5 to 2.2") == 1
+
+
 # -------------------------------------------------------------------------------------------- rows
 
 
