@@ -44,7 +44,15 @@ from tqdm import tqdm
 
 import data
 from lib.archives import ARCHIVE_FORMAT, read_manifest, save_manifest, save_shard, shard_path
-from lib.cli import ArgumentParser, InputError, nonnegative_int, positive_int, progress, run_script
+from lib.cli import (
+    ArgumentParser,
+    InputError,
+    default_workers,
+    nonnegative_int,
+    positive_int,
+    progress,
+    run_script,
+)
 from lib.distributed import (
     join_ranks,
     leave_ranks,
