@@ -558,7 +558,8 @@ def main() -> None:
     device, args.precision = open_device(args.device, args.precision)
     rank, world = join_ranks()
 
-    held = lock(Path(args.archive), "--archive") if rank == 0 else None  # noqa: F841 (until the end)
+    if rank == 0:
+        lock_file = lock(Path(args.archive), "--archive")  # noqa: F841 (held until the end)
 
     # Rank 0 settles what all ranks share. A network's file system may show them different files.
     names, missing = on_rank_0(lambda: settle(args, device), rank, world)
