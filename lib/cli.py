@@ -165,7 +165,8 @@ def explain(error: Exception) -> str | None:
             f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate), "
             "or --checkpointing"
         )
-    if "shared memory" in text or "shm" in text or "Bus error" in text:
+    full = ("shared memory", "shm", "Bus error", "unable to write to file </torch_")
+    if any(words in text for words in full):
         return (
             "data workers ran out of shared memory (/dev/shm, 64 MB in Docker by default); "
             "start the container with --shm-size 8g, or use --workers 0"

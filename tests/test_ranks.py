@@ -1,6 +1,7 @@
 """Processes: how many data workers there are by default, and waiting for the other ranks."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,29 @@ def test_workers_are_no_more_than_cores(monkeypatch, cores, ranks, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert cli.default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"),
+            "/dev/shm.*--shm-size.*--workers 0",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible "
+                "that dataloader's workers are out of shared memory."
+            ),
+            "/dev/shm.*--shm-size.*--workers 0",
+        ),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    ],
+)
+def test_what_workers_run_out_of_is_named(error, words):
+    """PyTorch's own messages on Docker's small /dev/shm, and on a low limit of open files."""
+    assert re.search(words, cli.explain(error) or "no line: a traceback")
 
 
 @pytest.mark.slow
