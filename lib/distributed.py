@@ -170,11 +170,11 @@ def without_compiler():
 
 def compile_in_place(module: nn.Module) -> None:
     """torch.compile that keeps the parameters' names. Signals do not end its processes."""
-    from torch._inductor import async_compile  # here: this import takes a second
+    with start_workers_unstoppable():
+        # torch 2.6 starts its processes when this is imported; newer versions when they are asked.
+        from torch._inductor.async_compile import AsyncCompile
 
-    if hasattr(async_compile, "maybe_warm_pool"):
-        with start_workers_unstoppable():
-            async_compile.maybe_warm_pool()
+        AsyncCompile.warm_pool()
     options = {}
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
         # A fusion for GPUs that fails an assertion of torch 2.14.1 at some shapes.

@@ -178,12 +178,12 @@ def test_compiled_encoders_archive_the_same(tree, archive, tmp_path, monkeypatch
     """By aot_eager, without inductor's code. The second batch has 12 views in place of 36."""
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    # Code is made once, for whole batches: a short one would have it made again.
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     shutil.copytree(archive, tmp_path / "a")
     (tmp_path / "a" / "00000.safetensors").unlink()
     flags = ["--data", tree, "--archive", tmp_path / "a", *ARCHIVE]
-    call(precompute_dino, *flags, "--batch_size", 36, "--compile")
+    # Code is made once, for whole batches: a short one would have it made again.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        call(precompute_dino, *flags, "--batch_size", 36, "--compile")
     assert_close_shards(tmp_path / "a", archive, 2e-3)
 
 

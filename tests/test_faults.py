@@ -36,6 +36,7 @@ from helpers import (
     wait,
     weights,
 )
+from torch.distributed.run import get_args_parser
 
 import data
 import precompute_dino
@@ -255,7 +256,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, fail, calls, 
         if codes[-1] == 1:
             assert_one_error(tmp_path / "log", "could not be written")
     assert set(codes) == {code, 0}
-    assert codes.count(code) > 9
+    assert codes.count(code) >= 9  # so many with torch 2.6, more with newer ones
     assert set(steps) == {4, 6}
     assert steps == sorted(steps)
     save()
@@ -577,8 +578,10 @@ class Torchrun:
         self.out = out
         flags = [*TINY_TRAIN, "--batch_size", 2, "--steps", 100_000, "--workers", 1]
         flags += ["--val_every", 0, "--save_every", 10]
-        launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --shutdown-timeout=60"
-        command = [sys.executable, *launch.split(), ROOT / "train.py"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", ROOT / "train.py"]
+        if "--shutdown-timeout" in get_args_parser().format_help():  # not in torch 2.6
+            command.insert(-1, "--shutdown-timeout=60")
         command += ["--archive", archive, "--out", out, *flags]
         with open(out / "printed", "w") as printed:
             self.process = subprocess.Popen(

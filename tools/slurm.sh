@@ -38,15 +38,22 @@ fi
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 rm -f "$OUT/preempted"  # of the last time
-# TERM means pre-emption, USR1 the time limit. torchrun would kill its ranks after 30 s; writing a
-# checkpoint may take longer.
+# TERM means pre-emption, USR1 the time limit; to the ranks they are the same. torchrun would kill
+# its ranks after 30 s, and writing a checkpoint may take longer. Older versions of torchrun (2.6,
+# for one) can't be told to wait longer, and do not know USR1.
+LIMIT_SIGNAL=TERM
+OPTIONS=()
+if torchrun --help 2>/dev/null | grep -q -e --shutdown-timeout; then
+    LIMIT_SIGNAL=USR1
+    OPTIONS=(--signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 150)
+fi
 # --cpu-bind=none: the node's one task uses all of the job's CPUs.
 srun --kill-on-bad-exit=1 --cpu-bind=none torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-gpu}" \
     --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" --rdzv_id "$SLURM_JOB_ID" --max_restarts 0 \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 150 train.py "$@" &
+    "${OPTIONS[@]}" train.py "$@" &
 STEP=$!
-trap 'kill -USR1 $STEP' USR1
+trap 'kill -$LIMIT_SIGNAL $STEP' USR1
 trap 'kill -TERM $STEP' TERM
 while kill -0 $STEP 2>/dev/null; do  # a trap interrupts wait
     wait $STEP
