@@ -165,7 +165,14 @@ def explain(error: Exception) -> str | None:
             f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate), "
             "or --checkpointing"
         )
-    full = ("shared memory", "shm", "Bus error", "unable to write to file </torch_")
+    full = (
+        "shared memory object",
+        "shared memory(shm)",
+        "insufficient shared memory",
+        "out of shared memory",
+        "Bus error",
+        "unable to write to file </torch_",
+    )
     if any(words in text for words in full):
         return (
             "data workers ran out of shared memory (/dev/shm, 64 MB in Docker by default); "
@@ -174,10 +181,11 @@ def explain(error: Exception) -> str | None:
     if "Too many open files" in text or "received 0 items of ancdata" in text:
         return "too many open files; raise the limit: ulimit -n 65536"
     from_worker = "DataLoader worker" in text
-    if isinstance(error, RuntimeError) and not from_worker:
+    lost_connection = isinstance(error, (ConnectionError, EOFError))
+    if not (from_worker or lost_connection):
         return None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise once more
-    if not isinstance(error, RuntimeError):
+    if lost_connection:
         return f"a DataLoader worker died ({error!r}); was memory short? Rerun to go on"
     if "Caught" in text and "Traceback" in text:
         return None  # a bug inside a worker keeps its traceback

@@ -104,3 +104,18 @@ def test_one_line_on_the_command_line(tmp_path, name, argv, words):
     assert done.returncode == 1
     assert len(errors) == 1, done.stderr[-2000:]
     assert words in errors[0]
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback():
+    """A file that our code lost is no dead data worker, a kernel's memory is not /dev/shm."""
+
+    def lose_a_file():
+        open("no/such/file")  # noqa: SIM115 (it is not there)
+
+    def ask_too_much_of_a_kernel():
+        raise RuntimeError("out of resource: shared memory, Required: 2, Hardware limit: 1")
+
+    with pytest.raises(FileNotFoundError):
+        cli.run_script(lose_a_file)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        cli.run_script(ask_too_much_of_a_kernel)

@@ -256,7 +256,8 @@ def test_a_checkpoint_appears_whole_or_not_at_all(small, tmp_path, fail, calls, 
         if codes[-1] == 1:
             assert_one_error(tmp_path / "log", "could not be written")
     assert set(codes) == {code, 0}
-    assert codes.count(code) >= 9  # so many with torch 2.6, more with newer ones
+    least = 9 if torch.__version__.startswith("2.6.") else 10  # torch.save makes fewer calls there
+    assert codes.count(code) >= least
     assert set(steps) == {4, 6}
     assert steps == sorted(steps)
     save()
