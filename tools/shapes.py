@@ -144,12 +144,12 @@ def make_cabin(rng: np.random.Generator, body_size: np.ndarray, colour: tuple) -
     """A cabin on the body that tapers upwards, with windows on its four sides."""
     length, width, height = body_size
     half_height = rng.uniform(0.05, 0.085)
-    bottom = rng.uniform(0.17, 0.32)
+    bottom = rng.uniform(0.17, 0.28)
     taper = rng.uniform(0.2, 0.85)  # below 1: steeper than 45 degrees, so that windows face ahead
     side = width * rng.uniform(0.78, 0.95)
-    offset = rng.uniform(-0.14, 0.02)  # mostly towards the back
-    room = length - bottom - 0.02  # the bonnet and the boot stay visible
-    x = max(-room, min(room, offset))
+    offset = rng.uniform(-0.22, -0.08)  # towards the back: the bonnet is the long end
+    room = length - bottom - 0.02
+    x = max(-room, offset)
 
     roof = colour
     if rng.uniform() < 0.3:
@@ -178,15 +178,15 @@ def make_wheels(rng: np.random.Generator, body_size: np.ndarray) -> list[dict]:
 def make_lights(rng: np.random.Generator, body_size: np.ndarray) -> list[dict]:
     """Two yellow lights in front, two red ones behind."""
     length, width, height = body_size
-    half_width = rng.uniform(0.045, 0.06)
-    half_height = rng.uniform(0.025, 0.035)
+    half_width = rng.uniform(0.055, 0.075)  # large, so that 32 pixels show them
+    half_height = rng.uniform(0.035, 0.05)
     rounding = 0.01
     gap = width - half_width - 0.01
     lights = []
     for end, colour in ((1, HEADLIGHT), (-1, TAIL_LIGHT)):
-        half_edges = np.array([0.03, half_height, half_width]) - rounding
+        half_edges = np.array([0.05, half_height, half_width]) - rounding
         geometry = (-1, *half_edges, rounding, 0, gap)
-        centre = (end * length, 0, 0.2 * height)
+        centre = (end * (length - 0.015), 0, height - 0.6 * half_height)
         lights.append(make_primitive(geometry, [colour] * 6, centre, ALONG_Y))
     return lights
 
