@@ -112,7 +112,7 @@ def open_lpips(net: str, backbone: str | None = None) -> nn.Module | None:
     except (OSError, RuntimeError) as error:
         print(
             f"no LPIPS: torchvision's {net} network can't be downloaded ({error}); "
-            "give --lpips_backbone FILE"
+            "give --lpips_backbone FILE, as tools.lpips_backbone makes it"
         )
         return None
     if backbone is not None:
@@ -609,7 +609,7 @@ def draw_grid(path: Path, pairs: list[dict], predict, size: int) -> None:
     views = next(predict(batch))
     rows = list(zip(batch["cond"], batch["target"], views, strict=True))
     labels = ["condition", "target", "sample"]
-    save_picture(path, labelled_grid(rows, labels, scale=max(1, 128 // size)))
+    save_picture(path, labelled_grid(rows, labels))
 
 
 def print_table(lines: list[dict]) -> None:

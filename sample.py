@@ -15,7 +15,7 @@ In the order of reading:
     steps of a sampler    ddim_timesteps, ddim_step, dpm_step
     what a step sees      guided_prediction (guidance), draw_condition (stochastic conditioning)
     the loop              ddim
-    images and moves      condition_on, decode, camera_moves, move_between, sample_views
+    images and moves      condition_on, decode, camera_moves, move_names, move_between, sample_views
     cameras               camera_to_world, write_transforms
     the command           flags, main
 
@@ -255,6 +255,21 @@ def camera_moves(azimuth: list[float], elevation: list[float], distance: list[fl
     return torch.tensor(moves, dtype=torch.float32)
 
 
+def move_names(poses: Tensor) -> list[str]:
+    """Camera moves (N,4) in words: "90°", "90°, 20° up", "0°, 20° down, 0.3 away"."""
+    names = []
+    for polar, turn_sin, turn_cos, away in poses.double():
+        turn = round(math.degrees(math.atan2(turn_sin, turn_cos))) % 360
+        lift = round(-math.degrees(polar))
+        name = f"{turn}°"
+        if lift:
+            name += f", {abs(lift)}° {'up' if lift > 0 else 'down'}"
+        if abs(away) >= 0.005:
+            name += f", {abs(away):.2g} {'away' if away > 0 else 'closer'}"
+        names.append(name)
+    return names
+
+
 def move_between(start: Tensor, targets: Tensor) -> Tensor:
     """The camera moves (N,4) from the view at move `start` (4,) to those at `targets` (N,4).
 
@@ -379,8 +394,12 @@ def write_transforms(
         "cx": size / 2,
         "cy": size / 2,
         "frames": [
-            {"file_path": f"{i:03d}.png", "transform_matrix": matrix.tolist()}
-            for i, matrix in enumerate(matrices)
+            {
+                "file_path": f"{i:03d}.png",
+                "transform_matrix": matrix.tolist(),
+                "camera_move": name,  # no loader reads it; it is for people and visualize.py
+            }
+            for i, (matrix, name) in enumerate(zip(matrices, move_names(poses), strict=True))
         ],
     }
     text = json.dumps(transforms, indent=1)
@@ -573,19 +592,13 @@ def load_photos(paths: list[Path], size: int, crop: bool) -> dict[Path, Tensor]:
     return images
 
 
-def view_labels(azimuths: list[float], count: int) -> list[str]:
-    """Labels of the views in grid.png: their azimuths, or numbers where all share one azimuth."""
-    values = azimuths if len(azimuths) == count else range(count)
-    return [f"{value:.0f}" for value in values]
-
-
 def main() -> None:
     args = parse_args()
     azimuths = args.azimuth
     if args.orbit:
         azimuths = orbit_azimuths(args.orbit, args.azimuth)
     poses = camera_moves(azimuths, args.elevation, args.distance)
-    labels = view_labels(azimuths, len(poses))
+    labels = move_names(poses)
     paths = list_photos(args.image)
     device, precision = open_device(args.device, args.precision)
     # Photos first: opening the networks takes long.

@@ -893,8 +893,7 @@ class HeldOut:
             sample.decode(latents, codec),
         ]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        magnify = max(1, 96 // rows[0][0].shape[-1])  # pictures of 32 pixels can hardly be seen
-        save_picture(path, labelled_grid(rows, ["condition", "target", "sample"], magnify))
+        save_picture(path, labelled_grid(rows, ["condition", "target", "sample"]))
 
 
 # ------------------------------------------------------------------------------------------- main

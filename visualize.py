@@ -17,6 +17,7 @@
 Each command writes OUT.png and OUT.pdf. Figure 3 is a diagram in the README.
 """
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -87,10 +88,25 @@ def picture_grid(rows: list[list[np.ndarray]], columns: list[str], names: list[s
             ax = figure.add_subplot(len(rows), len(columns), place, xticks=[], yticks=[])
             ax.imshow(picture, interpolation="nearest")
             if i == 0:
-                ax.set_title(columns[j])
+                ax.set_title(textwrap.fill(columns[j], 16))
             if j == 0:
                 ax.set_ylabel(textwrap.fill(names[i], 20))
     return figure
+
+
+def camera_moves(folder: Path) -> list[str]:
+    """The camera moves of the views in a folder of sample.py's, in words; [] of an older one.
+
+    Raises InputError where transforms.json can't be read.
+    """
+    path = folder / "transforms.json"
+    if not path.exists():
+        return []
+    try:
+        frames = json.loads(path.read_text())["frames"]
+        return [frame["camera_move"] for frame in frames]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not from sample.py ({one_line(error)})") from None
 
 
 def condense(tokens: Tensor, fitted_on: Tensor) -> Tensor:
@@ -211,7 +227,7 @@ def trajectory(args) -> Figure:
             x0 = file["x0"]  # (N,views,H,W,3) uint8
             steps = file["t"]  # (N,)
         pictures = x0.transpose(1, 0, 2, 3, 4)
-        names = [f"view {i}" for i in range(len(pictures))]
+        names = camera_moves(Path(args.x0).parent) or [f"view {i}" for i in range(len(pictures))]
         return picture_grid(pictures, [f"t = {step}" for step in steps], names)
     except Exception as error:  # np.load raises nearly anything
         raise InputError(
@@ -359,15 +375,19 @@ def wild(args) -> Figure:
     """Figure 8: the photos that sample.py was given beside their views, a row per object."""
     rows = []
     names = []
+    moves = []
     for folder in args.folders:
         views = sorted(Path(folder).glob("[0-9][0-9][0-9].png"))
         files = [Path(folder, "input.png"), *views]
         rows.append([np.asarray(open_image(file).convert("RGB")) for file in files])
         # With the folder above, which is sample.py's --out: it tells models apart.
         names.append("/".join(Path(folder).absolute().parts[-2:]))
+        moves.append(camera_moves(Path(folder)))
     view_count = max(len(row) for row in rows) - 1
-    titles = ["input", *(f"view {i}" for i in range(view_count))]
-    return picture_grid(rows, titles, names)
+    titles = [f"view {i}" for i in range(view_count)]
+    if all(row == moves[0] for row in moves) and len(moves[0]) == view_count:
+        titles = moves[0]
+    return picture_grid(rows, ["input", *titles], names)
 
 
 # -------------------------------------------------------------------------------------------- main

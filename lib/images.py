@@ -3,7 +3,7 @@
 Nothing here is the method. In the order of reading:
     reading       open_image, composite, resize; load_image for renders
     photos        list_photos, load_photo: find the object and frame it
-    writing       to_pil, labelled_grid, save_picture, write_views
+    writing       to_pil, enlarged, labelled_grid, save_picture, write_views
 """
 
 import contextlib
@@ -262,15 +262,19 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def labelled_grid(rows: list[list[Tensor]], labels: list[str], scale: int = 1) -> Image.Image:
-    """Rows of images (3,H,W) in [-1,1], with a label above each column.
+def enlarged(image: Tensor, width: int = 128) -> Image.Image:
+    """(3,H,W) in [-1,1] -> a picture to look at: a small one magnified, by whole pixels."""
+    scale = max(1, width // image.shape[-1])
+    return ImageOps.scale(to_pil(image), scale, Image.Resampling.NEAREST)
 
-    scale: enlarges small images by whole pixels.
-    """
+
+def labelled_grid(rows: list[list[Tensor]], labels: list[str]) -> Image.Image:
+    """Rows of images (3,H,W) in [-1,1], small ones enlarged, with a label above each column."""
     gap = 4
     label_height = 14
     grey = 0.84
     images = torch.stack([image.float().cpu() for row in rows for image in row])
+    scale = max(1, 128 // images.shape[3])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     from torchvision.utils import make_grid  # here: it takes a second, also of --help
 
@@ -308,13 +312,13 @@ def write_views(
     for path in old_views:
         with contextlib.suppress(OSError):
             path.unlink()
-    pictures = [to_pil(view) for view in views]
-    for i, picture in enumerate(pictures):
-        save_picture(folder / f"{i:03d}.png", picture)
+    for i, view in enumerate(views):
+        save_picture(folder / f"{i:03d}.png", to_pil(view))
     save_picture(folder / "grid.png", labelled_grid([[image, *views]], ["input", *labels]))
-    if len(pictures) > 1:
-        animation = {"save_all": True, "append_images": pictures[1:], "duration": 150, "loop": 0}
-        save_picture(folder / "orbit.gif", pictures[0], **animation)
+    if len(views) > 1:
+        first, *others = [enlarged(view) for view in views]
+        animation = {"save_all": True, "append_images": others, "duration": 150, "loop": 0}
+        save_picture(folder / "orbit.gif", first, **animation)
     if trajectory:
         write_trajectory(folder / "x0.npz", trajectory)
 

@@ -170,7 +170,7 @@ def main() -> None:
 
     settings = sample.sampler_settings(args, precision)
     first_images = orbits[0][0]
-    grid_rows = [list(first_images[1:])]
+    grid_rows = [list(first_images)]
     lines = []
     runs = [(way, seed) for way in WAYS for seed in args.seeds]
     for way, seed in progress(runs, unit="run"):
@@ -192,7 +192,7 @@ def main() -> None:
             view_psnr = psnr(views, images[1:]).mean().item()
             scores.append((view_psnr, agreement(views, depths[1:], w2c[1:])))
             if index == 0 and seed == args.seeds[0]:
-                grid_rows.append(list(views))
+                grid_rows.append([first_images[0], *views])
         mean_psnr, mean_agreement = np.nanmean(scores, axis=0)
         line = {
             "way": way,
@@ -207,9 +207,9 @@ def main() -> None:
 
     print_table(lines, len(orbits), len(args.seeds), truth)
     if args.grid:
-        labels = [str(i) for i in range(1, len(first_images))]
-        scale = max(1, 128 // meta["image_size"])
-        save_picture(Path(args.grid), labelled_grid(grid_rows, labels, scale))
+        views = len(first_images) - 1
+        azimuths = [f"{360 * i / (views + 1):.0f}°" for i in range(1, views + 1)]
+        save_picture(Path(args.grid), labelled_grid(grid_rows, ["input", *azimuths]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ KINDS=${KINDS:-cars blocks}
 OBJECTS=${OBJECTS:-1024}
 STEPS=${STEPS:-600}
 PAIRS=${PAIRS:-128}
+LPIPS=${LPIPS:-none}      # or "alex --lpips_backbone alexnet.safetensors"; tools.lpips_backbone makes it
 ROWS=${ROWS:-zero123-token elevation-token zero123-mlp elevation-mlp}
 
 # row KIND SEED POSE EMBEDDING: train a model and score it.
@@ -30,7 +31,7 @@ row() {
         --val_every 0 --preview_every 0 --save_every 100 --keep 1
     [ ! -e "$run/preempted" ]
     $PYTHON evaluate.py --ckpt "$run" --data "$OUT/$1/data" --shuffled --pairs "$PAIRS" \
-        --steps 10 --scale 2 --lpips none --workers 0 --out "$OUT/$1.jsonl"
+        --steps 10 --scale 2 --lpips $LPIPS --workers 0 --out "$OUT/$1.jsonl"
     touch "$run/scored"
 }
 

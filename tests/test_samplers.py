@@ -103,7 +103,8 @@ def orbit(run, tree, tmp_path_factory) -> Path:
 def test_an_orbit_is_views_a_grid_and_an_animation(orbit):
     views = read_views(orbit, 4)
     assert np.abs(views[0] - views[1]).max() > 0
-    assert Image.open(orbit / "orbit.gif").n_frames == 4
+    animation = Image.open(orbit / "orbit.gif")
+    assert animation.n_frames == 4 and animation.size == (128, 128)
     for name in ("input.png", "grid.png"):
         Image.open(orbit / name).verify()
 

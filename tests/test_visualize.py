@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pretrained
+import sample
 import visualize
 from lib import scores
 from lib.archives import ARCHIVE_FORMAT, save_shard
@@ -238,6 +239,29 @@ def test_trajectory_has_a_row_a_view_and_a_column_a_timestep(draw, tmp_path):
     titles = [ax.get_title() for ax in figure.axes]
     assert titles == ["t = 999", "t = 499", "t = 9", "", "", ""]
     assert np.array_equal(figure.axes[4].images[0].get_array(), x0[1, 1])
+
+
+def test_figures_1_and_8_name_the_camera_moves(draw, tmp_path):
+    moves = sample.camera_moves([90.0, 180.0], [0.0, -20.0], [0.0, 0.3])
+    for name in ("cat", "dog"):
+        write_sample(tmp_path / name, 2)
+        sample.write_transforms(tmp_path / name, moves, 8, 0, 1.85)
+    x0 = np.zeros((1, 2, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cat" / "x0.npz", x0=x0, t=np.array([0]))
+    figure = draw("trajectory", "--x0", tmp_path / "cat" / "x0.npz")
+    labels = [ax.get_ylabel().replace("\n", " ") for ax in figure.axes]
+    assert labels == ["90°", "180°, 20° down, 0.3 away"]
+
+    figure = draw("wild", tmp_path / "cat", tmp_path / "dog")
+    titles = [ax.get_title().replace("\n", " ") for ax in figure.axes[:3]]
+    assert titles == ["input", "90°", "180°, 20° down, 0.3 away"]
+    sample.write_transforms(tmp_path / "dog", moves.flip(0), 8, 0, 1.85)
+    figure = draw("wild", tmp_path / "cat", tmp_path / "dog")
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["input", "view 0", "view 1"]
+
+    (tmp_path / "dog" / "transforms.json").write_text("{}")
+    with pytest.raises(InputError, match="transforms.json: not from sample.py"):
+        draw("wild", tmp_path / "cat", tmp_path / "dog")
 
 
 @pytest.mark.parametrize("name", ["torn", "none", "flat", "short"])

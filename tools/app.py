@@ -20,14 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 import pretrained
 import sample
 from lib.cli import ArgumentParser, InputError, positive_int, run_script
 from lib.distributed import open_device
-from lib.images import load_photo, to_pil, write_views
+from lib.images import enlarged, load_photo, write_views
 
 TITLE = """
 # Efficient-3DiM: new views of an object from one photo of it
@@ -36,12 +35,6 @@ Drop a photo of one object, then press **Generate**: the camera goes once around
 """
 CAMERA_NOTE = "For transforms.json in the download, and for models of `--pose elevation`."
 PREVIEWS = 10  # predicted x0 shown of each batch: a VAE decodes in about the time of a step
-
-
-def enlarged(image: Tensor) -> Image.Image:
-    """(3,H,W) in [-1,1] -> a picture large enough to be seen: magnified by whole pixels."""
-    scale = max(1, 256 // image.shape[-1])
-    return ImageOps.scale(to_pil(image), scale, Image.Resampling.NEAREST)
 
 
 def watch(run_sampler, shown_steps: list[int], codec) -> Iterator[tuple[int, Tensor]]:
@@ -113,15 +106,14 @@ def generate(
     for i, images in watch(run_sampler, sample.saved_steps(steps, PREVIEWS), codec):
         batch = []
         for degrees, picture in zip(azimuths[len(finished) :], images, strict=False):
-            batch.append((enlarged(picture), f"{degrees:.0f}°, step {i + 1}"))
+            batch.append((enlarged(picture, 256), f"{degrees:.0f}°, step {i + 1}"))
         yield pictures + batch, None
         if i == steps - 1:  # the last predicted x0 are the views
             finished += images
             pictures += batch
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out, "views")
-        labels = [f"{degrees:.0f}" for degrees in azimuths]
-        write_views(folder, image, torch.stack(finished), labels)
+        write_views(folder, image, torch.stack(finished), sample.move_names(poses))
         sample.write_transforms(folder, poses, meta["image_size"], input_elevation, input_distance)
         yield pictures, shutil.make_archive(str(folder), "zip", folder)
 
@@ -240,7 +232,7 @@ def build_page(gr, opened: tuple, args: argparse.Namespace, precision: str):
         yield None  # instead of what an earlier photo left
         if photo:
             with errors_on_the_page(photo):
-                yield enlarged(load_photo(Path(photo), image_size, crop))
+                yield enlarged(load_photo(Path(photo), image_size, crop), 256)
 
     def run(photo: str | None, crop: bool, *values):
         yield [], None  # instead of what an earlier photo left
