@@ -1,4 +1,4 @@
-"""studies/table.py and studies/ablation.sh: what they print, do and refuse."""
+"""studies.table, studies.time_to_score and studies/ablation.sh: what they print, do and refuse."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, call
 
 from lib.cli import InputError
-from studies import table
+from studies import table, time_to_score
 
 SETTINGS = {
     "data": "d",
@@ -146,13 +146,14 @@ def test_flags_that_no_run_has(rows):
 
 @pytest.mark.parametrize(
     "stopped_run, trained, scored",
-    [("pretrained", 1, 0), ("runs/uniform-0", 2, 0), (None, 4, 3)],
+    [("pretrained", 1, 0), ("runs/zero123-0", 2, 0), (None, 6, 5)],
 )
 def test_the_ablation_stops_where_its_training_was_stopped(tmp_path, stopped_run, trained, scored):
     """After Ctrl-C train.py leaves RUN/preempted and exits with 0. Its run must not be scored."""
     out = tmp_path / "out"
-    for folder in ("data", "runs/uniform-0", "runs/mean0-0", "runs/amalgamate-0"):
-        (out / folder).mkdir(parents=True)
+    (out / "data").mkdir(parents=True)
+    for row in ("zero123", "gaussian", "ours", "mlp", "mean0"):
+        (out / "runs" / f"{row}-0").mkdir(parents=True)
     if stopped_run:
         (out / stopped_run).mkdir(exist_ok=True)
         (out / stopped_run / "preempted").touch()
@@ -167,3 +168,52 @@ def test_the_ablation_stops_where_its_training_was_stopped(tmp_path, stopped_run
     assert calls.count("train.py") == trained
     assert calls.count("evaluate.py") == scored
     assert (done.returncode == 0) == (stopped_run is None)
+
+
+def checkpoints(run: str, *points: tuple[int, float, float]) -> list[dict]:
+    """Lines of a run's scored checkpoints, from (step, seconds, PSNR)."""
+    return [score(run, psnr, step=step, seconds=seconds) for step, seconds, psnr in points]
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """A function of lines and flags that gives what studies.time_to_score prints, line by line."""
+    path = tmp_path / "eval.jsonl"
+
+    def run(lines: list[dict], *flags) -> list[str]:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        call(time_to_score, "--eval", path, "--metric", "psnr", *flags)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_time_to_the_baselines_score(compare):
+    """By hand: b0 has 12 dB half-way from 20 s to 40 s, b1 from its first checkpoint on."""
+    lines = [
+        *checkpoints("a0", (10, 150.0, 13.0), (20, 300.0, 12.0)),
+        *checkpoints("a1", (10, 150.0, 10.0), (20, 300.0, 11.0)),
+        *checkpoints("b0", (20, 40.0, 14.0), (10, 20.0, 10.0)),  # not in the order of steps
+        *checkpoints("b1", (10, 20.0, 11.5), (20, 40.0, 13.0)),
+    ]
+    printed = compare(lines, "--base", "a0,a1", "--ours", "b0,b1")
+    assert printed == [
+        "a0: psnr 12 after 300 s of training",
+        "b0: the same after 30 s",
+        "a1: psnr 11 after 300 s of training",
+        "b1: the same after 20 s or less: at its first scored checkpoint",
+        "ratio: 12.5 ± 3.5 over 2 of 2 pairs",
+    ]
+
+
+def test_a_score_that_is_never_reached(compare):
+    lines = [
+        *checkpoints("a0", (20, 300.0, 12.0)),
+        *checkpoints("b0", (10, 20.0, 11.5), (20, 40.0, 11.0)),
+    ]
+    printed = compare(lines, "--base", "a0", "--ours", "b0")
+    assert printed[1:] == ["b0: not reached in 40 s, best 11.5"]
+    with pytest.raises(InputError, match="--ours: 1 runs; --base has 2"):
+        compare(lines, "--base", "a0,a1", "--ours", "b0")
+    with pytest.raises(InputError, match="--eval: no psnr of c0"):
+        compare(lines, "--base", "a0", "--ours", "c0")
