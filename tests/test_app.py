@@ -157,13 +157,19 @@ def open_page(gradio, run, monkeypatch):
     return open_page
 
 
+def functions_of(page) -> tuple:
+    """The page's preview and the function behind its button, without what gradio adds itself."""
+    named = {fn.name: fn for fn in page.fns.values()}
+    return named["preview"], named["run"]
+
+
 def test_the_page_starts_with_an_orbit_and_the_flags_of_the_command_line(open_page):
     flags = ["--steps", 3, "--scale", 1, "--seed", 5, "--sampler", "dpm"]
     page, options = open_page(*flags)
     assert options["server_name"] == "127.0.0.1"
     assert options["share"] is False
     assert not page.analytics_enabled
-    preview, generate = [fn for fn in page.fns.values() if fn.fn]
+    preview, generate = functions_of(page)
     assert generate.concurrency_limit == 1
     assert generate.concurrency_id != preview.concurrency_id
     values = [component.value for component in generate.inputs]
@@ -183,7 +189,7 @@ def test_the_page_makes_views_and_shows_errors(gradio, open_page, photo, tmp_pat
     damaged = tmp_path / "damaged.heic"
     damaged.write_bytes(b"no picture")
     page, _ = open_page("--steps", 3, "--scale", 1)
-    preview, generate = [fn for fn in page.fns.values() if fn.fn]
+    preview, generate = functions_of(page)
     values = [component.value for component in generate.inputs]
     # A photo that can't be read gets past gr.Image, to load_photo's one line.
     upload = generate.inputs[0]

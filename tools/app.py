@@ -34,6 +34,7 @@ Drop a photo of one object, then press **Generate**: the camera goes once around
 *Orbit* to 0 for a single view from *Azimuth*.
 """
 CAMERA_NOTE = "For transforms.json in the download, and for models of `--pose elevation`."
+EXAMPLE = Path(__file__).parents[1] / "assets" / "car.png"
 PREVIEWS = 10  # predicted x0 shown of each batch: a VAE decodes in about the time of a step
 
 
@@ -189,6 +190,9 @@ def lay_out(gr, args: argparse.Namespace) -> dict:
             parts["crop"] = gr.Checkbox(
                 True, label="Crop to the object", info="off for renders framed as in training"
             )
+            if EXAMPLE.exists():
+                inputs = [parts["photo"], parts["crop"]]
+                gr.Examples([[str(EXAMPLE), False]], inputs, label="For assets/cars.safetensors")
             parts["shown"] = gr.Image(
                 label="What the model is shown",
                 format="png",
