@@ -299,14 +299,14 @@ def condition_of(batch: dict, model, encoder, codec) -> dict[str, Tensor]:
 def sample_pairs(batch: dict, model, encoder, codec, sampler: dict, seed: int, samples: int):
     """Yields the model's views (B,3,H,W) of a batch of `load_pairs`, `samples` times.
 
-    sampler: keyword arguments of `sample.ddim`.
+    sampler: keyword arguments of `sample.sample_latents`.
     """
     condition = condition_of(batch, model, encoder, codec)
     for number in range(samples):
         generators = [
             data.seeded(seed, pair["object"], pair["view"], number) for pair in batch["pairs"]
         ]
-        latent = sample.ddim(model, [condition], generators, **sampler)
+        latent = sample.sample_latents(model, [condition], generators, **sampler)
         yield sample.decode(latent, codec)
 
 

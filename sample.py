@@ -14,7 +14,7 @@ folder or a weights file of any format that pretrained.py reads.
 In the order of reading:
     steps of a sampler    ddim_timesteps, ddim_step, dpm_step
     what a step sees      guided_prediction (guidance), draw_condition (stochastic conditioning)
-    the loop              ddim
+    the loop              sample_latents
     images and moves      condition_on, decode, camera_moves, move_names, move_between, sample_views
     cameras               camera_to_world, write_transforms
     the command           flags, main
@@ -155,7 +155,7 @@ def draw_condition(
 
 
 @torch.no_grad()
-def ddim(
+def sample_latents(
     model: NovelViewModel,
     conditions: list[dict[str, Tensor]],
     generators: list[torch.Generator],
@@ -166,7 +166,7 @@ def ddim(
     sampler: str = "ddim",
     on_step=None,
 ) -> Tensor:
-    """Sample target latents (B,C,H,W), scaled as in training; `decode` makes images of them.
+    """DDIM or DPM-Solver++: target latents (B,C,H,W), scaled as in training, for `decode`.
 
     conditions: as NovelViewModel.forward takes them, B rows each. Where there are several, each
     sample draws one at every step. generators: one on the CPU for each sample, so that a sample
@@ -309,10 +309,10 @@ def sample_views(
 ) -> Tensor:
     """Views (N,3,H,W) in [-1,1], on the CPU, of an image (3,H,W) after the camera moves (N,4).
 
-    The noise of view i depends on (seed, i) alone. settings: `ddim`'s keyword arguments, as from
-    `sampler_settings`. With stochastic_conditioning the views come one at a time, and each is
-    conditioned on the image and on the views before it. input_elevation: from which the image was
-    taken, in degrees; only models of the pose encoding "elevation" read it. Raises InputError
+    The noise of view i depends on (seed, i) alone. settings: `sample_latents`'s keyword arguments,
+    as from `sampler_settings`. With stochastic_conditioning the views come one at a time, and each
+    is conditioned on the image and on the views before it. input_elevation: from which the image
+    was taken, in degrees; only models of the pose encoding "elevation" read it. Raises InputError
     where a view is not finite.
     """
     device = next(model.parameters()).device
@@ -330,7 +330,7 @@ def sample_views(
             moves = encode_moves(move_between(move, targets), polar, model.pose_encoding)
             conditions.append(with_moves(shown, moves))
         generators = [seeded(seed, first + i) for i in range(len(targets))]
-        latent = ddim(model, conditions, generators, on_step=on_step, **settings)
+        latent = sample_latents(model, conditions, generators, on_step=on_step, **settings)
         batch = decode(latent, codec)
         if not batch.isfinite().all():
             raise InputError(
@@ -447,7 +447,7 @@ def add_sampler_flags(group) -> None:
 
 
 def sampler_settings(args: argparse.Namespace, precision: str) -> dict:
-    """`ddim`'s keyword arguments from the flags of `add_sampler_flags`."""
+    """`sample_latents`'s keyword arguments from the flags of `add_sampler_flags`."""
     return {
         "steps": args.steps,
         "eta": args.eta,

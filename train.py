@@ -883,7 +883,7 @@ class HeldOut:
             mean, _, condition = self.prepare(self.val_set[list(range(8))])
         generators = [data.seeded(0, i) for i in range(8)]
         guidance = 0.0 if self.args.unconditional else 3.0
-        latents = sample.ddim(
+        latents = sample.sample_latents(
             network, [condition], generators, scale=guidance, precision=self.precision
         )  # the EMA model, which is not compiled
         codec = self.codec.to(mean.device)

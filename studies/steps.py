@@ -127,7 +127,7 @@ def main() -> None:
         views = []
         for first, target, condition in batches:
             generators = [seeded(args.seed, first + i) for i in range(len(target))]
-            latent = sample.ddim(
+            latent = sample.sample_latents(
                 model, [condition], generators, steps, eta, args.scale, precision, sampler
             )
             views.append(sample.decode(latent, codec).cpu())

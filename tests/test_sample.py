@@ -88,7 +88,7 @@ def test_dpm_solver_needs_fewer_steps_than_ddim(prediction):
     expected = x_T * spread / (alpha_bar_T * spread**2 + 1 - alpha_bar_T).sqrt()
 
     def error(sampler: str, steps: int) -> float:
-        found = sample.ddim(
+        found = sample.sample_latents(
             model, [{"latent": x_T[None]}], [data.seeded(0)], steps, 0.0, 1.0, sampler=sampler
         )
         return ((found - expected).norm() / expected.norm()).item()
@@ -102,7 +102,7 @@ def share_kept(spread: float, sampler: str, steps: int, eta: float) -> float:
     """The standard deviation of samples, as a share of the data's, with the best possible model."""
     condition = {"latent": torch.zeros(1, 1, 256, 256)}
     model = exact_model(spread, "eps")
-    sampled = sample.ddim(
+    sampled = sample.sample_latents(
         model, [condition], [data.seeded(0)], steps, eta, scale=1.0, sampler=sampler
     )
     return sampled.std().item() / spread
@@ -159,7 +159,7 @@ def test_choosing_views_leaves_the_noise_alone():
     generators = [data.seeded(0) for _ in range(2)]
     for generator, views in zip(generators, (1, 3), strict=True):
         conditions = [{"latent": torch.zeros(1, 3, 8, 8)}] * views
-        sample.ddim(exact_model(0.5, "v"), conditions, [generator], 4, 1.0, 1.0)
+        sample.sample_latents(exact_model(0.5, "v"), conditions, [generator], 4, 1.0, 1.0)
     after = [torch.randn(4, generator=generator) for generator in generators]
     assert torch.equal(after[0], after[1])
 

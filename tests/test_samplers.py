@@ -40,7 +40,7 @@ def test_ddim_with_the_true_noise_recovers_x0(eta, prediction):
     x0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     model = KnowsX0(x0, prediction)
     generators = [data.seeded(0, i) for i in range(2)]
-    found = sample.ddim(model, [{"latent": x0}], generators, steps=20, eta=eta, scale=1.0)
+    found = sample.sample_latents(model, [{"latent": x0}], generators, steps=20, eta=eta, scale=1.0)
     torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
 
 

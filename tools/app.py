@@ -80,8 +80,8 @@ def generate(
     """Yields ([(picture, caption), ...], None) as the views denoise, at last with a zip's path.
 
     opened: what load_checkpoint returned. The others are sample.py's flags; settings are
-    `sample.ddim`'s keyword arguments. The zip exists until the next value is asked for. Closing the
-    generator stops the sampler. Raises InputError.
+    `sample.sample_latents`'s keyword arguments. The zip exists until the next value is asked for.
+    Closing the generator stops the sampler. Raises InputError.
     """
     if not photo:
         raise InputError("no image yet: drop one at the top")
