@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal, call, output_and_gradients, small_unet
+from helpers import ROOT, assert_equal, call, output_and_gradients, small_unet
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -299,8 +300,23 @@ def test_the_fast_path_equals_plain_layers():
     assert_equal(fast, plain)
 
 
-@pytest.mark.parametrize("name", rivals.VARIANTS)
+@pytest.mark.parametrize("name", [name for name in rivals.VARIANTS if "Triton" not in name])
 def test_variants_change_nothing_but_rounding(name):
+    check_variant(name)
+
+
+def test_triton_kernels_change_nothing_but_rounding():
+    """By Triton's interpreter, which is chosen when triton is imported."""
+    pytest.importorskip("triton", reason="comes with PyTorch for GPUs")
+    code = "import test_bench; test_bench.check_variant('Triton GroupNorm')"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def check_variant(name: str) -> None:
+    """Output and gradients of the small UNet with the variant are those without it."""
     unet, inputs = small_unet()
     unet.to(memory_format=torch.channels_last)
     expected = output_and_gradients(unet, inputs)

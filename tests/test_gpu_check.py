@@ -103,7 +103,10 @@ def test_rehearsal(tmp_path, capsys):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     status = {record["part"]: record["status"] for record in records if "part" in record}
     assert status == {part.name: "ok" for part in parts}
-    assert {record["status"] for record in records if record.get("bench") == "train"} == {"ok"}
+    trained = [record for record in records if record.get("bench") == "train"]
+    without_gpu = {r["variant"] for r in trained if r["status"].startswith("not run: Triton")}
+    assert without_gpu <= {"Triton GroupNorm"}
+    assert {r["status"] for r in trained if r["variant"] not in without_gpu} == {"ok"}
     table = capsys.readouterr().out
     for name in gpu_check.PREDICTED:
         assert name == "reduce-overhead" or f"| ours, {name}, " in table

@@ -317,6 +317,22 @@ def group_norm_by_channel(model: nn.Module):
 
 
 @contextmanager
+def triton_group_norm(model: nn.Module):
+    """GroupNorm with its SiLU, reductions by Triton kernels. Raises ImportError without a GPU."""
+    from tools.triton_norm import group_norm  # here: few machines without a GPU have triton
+
+    def block_forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = conv(group_norm(norm, x, silu=True)) + self.emb_layers(emb)[:, :, None, None]
+        norm, _, _, conv = self.out_layers
+        return self.skip_connection(x) + conv(group_norm(norm, h, silu=True))
+
+    replace_forward(model, GroupNorm, group_norm)
+    replace_forward(model, ResBlock, block_forward)
+    yield
+
+
+@contextmanager
 def cudnn_benchmark(model: nn.Module):
     """cuDNN times its algorithms for each shape and takes the fastest."""
     before = torch.backends.cudnn.benchmark
@@ -356,6 +372,7 @@ VARIANTS = {
     "expanded upsampling": expanded_upsampling,
     "NCHW GroupNorm": nchw_group_norm,
     "GroupNorm by channel": group_norm_by_channel,
+    "Triton GroupNorm": triton_group_norm,
     "cudnn.benchmark": cudnn_benchmark,
     "compiler thresholds": compiler_thresholds,
 }
