@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 1 and figures 6 and 7 (section 4.2) on procedural cars, small enough for a CPU.
 #
-#     make ablation    # runs studies/ablation.sh with the defaults below: an hour and a half on a core
+#     make ablation    # runs studies/ablation.sh with the defaults below: 90 minutes on one core
 #     DEVICE=cuda OBJECTS=8192 PRETRAIN=20000 STEPS=5000 studies/ablation.sh
 #
 # First one model is pretrained with uniform timesteps and without conditions. It stands in for
@@ -26,7 +26,8 @@ SCORE_EVERY=${SCORE_EVERY:-40}    # steps between the scores of the two runs tha
 PAIRS=${PAIRS:-128}
 MEANS=${MEANS-700 500 300 0}
 STDS=${STDS-100 400}
-LPIPS=${LPIPS:-none}    # or "alex --lpips_backbone alexnet.safetensors"; tools.lpips_backbone makes it
+# Or "alex --lpips_backbone alexnet.safetensors", a file that tools.lpips_backbone makes.
+LPIPS=${LPIPS:-none}
 SPLIT="--val_fraction 0.125"
 
 # Made under another name first, so that a half-written tree is never taken for the whole one.

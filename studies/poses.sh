@@ -3,10 +3,12 @@
 #
 #     studies/poses.sh                                   # a CPU, about an hour and a half on one core
 #     STEPS=1200 SEEDS="0 1 2" studies/poses.sh
+#     SEEDS="0 1 2" VARIANTS="no_sines two_layers one_layer no_token absolute" studies/poses.sh
 #
 # The camera move's four numbers leave out the elevation of the input view ("zero123"), or have it in
 # the place of the change of distance ("elevation"). It can be seen in pictures of cars, which have an
-# up and a front, and not in those of blocks. Rerun the script to go on: nothing is done twice.
+# up and a front, and not in those of blocks. VARIANTS are those of studies/pose_mlp.py, which change
+# the MLP of the row zero123-mlp. Rerun the script to go on: nothing is done twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,21 +19,24 @@ KINDS=${KINDS:-cars blocks}
 OBJECTS=${OBJECTS:-1024}
 STEPS=${STEPS:-600}
 PAIRS=${PAIRS:-128}
-LPIPS=${LPIPS:-none}      # or "alex --lpips_backbone alexnet.safetensors"; tools.lpips_backbone makes it
+# Or "alex --lpips_backbone alexnet.safetensors", a file that tools.lpips_backbone makes.
+LPIPS=${LPIPS:-none}
 ROWS=${ROWS:-zero123-token elevation-token zero123-mlp elevation-mlp}
+VARIANTS=${VARIANTS:-}
 
-# row KIND SEED POSE EMBEDDING: train a model and score it.
+# row KIND SEED POSE EMBEDDING SCORES [COMMAND]: train a model and score it, in $OUT/SCORES.jsonl.
 row() {
-    local run="$OUT/$1/$3-$4-$2"
+    local run="$OUT/$5/$3-$4-$2"
+    local command=${6:-}
     if [ -e "$run/scored" ]; then
         return
     fi
-    $PYTHON train.py @presets/small.txt --archive "$OUT/$1/archive" --out "$run" --seed "$2" \
+    $PYTHON $command train.py @presets/small.txt --archive "$OUT/$1/archive" --out "$run" --seed "$2" \
         --pose "$3" --pose_embedding "$4" --steps "$STEPS" --ema 0.99 --workers 0 --log_every 50 \
         --val_every 0 --preview_every 0 --save_every 100 --keep 1
     [ ! -e "$run/preempted" ]
-    $PYTHON evaluate.py --ckpt "$run" --data "$OUT/$1/data" --shuffled --pairs "$PAIRS" \
-        --steps 10 --scale 2 --lpips $LPIPS --workers 0 --out "$OUT/$1.jsonl"
+    $PYTHON $command evaluate.py --ckpt "$run" --data "$OUT/$1/data" --shuffled --pairs "$PAIRS" \
+        --steps 10 --scale 2 --lpips $LPIPS --workers 0 --out "$OUT/$5.jsonl"
     touch "$run/scored"
 }
 
@@ -47,11 +52,16 @@ done
 for seed in $SEEDS; do
     for name in $ROWS; do
         for kind in $KINDS; do
-            row "$kind" "$seed" "${name%-*}" "${name#*-}"
+            row "$kind" "$seed" "${name%-*}" "${name#*-}" "$kind"
+        done
+    done
+    for variant in $VARIANTS; do
+        for kind in $KINDS; do
+            row "$kind" "$seed" zero123 mlp "$kind-$variant" "-m studies.pose_mlp $variant"
         done
     done
 done
-for kind in $KINDS; do
-    echo "$kind"
-    $PYTHON -m studies.table --eval "$OUT/$kind.jsonl" --by pose pose_embedding
+for scores in "$OUT"/*.jsonl; do
+    basename "$scores" .jsonl
+    $PYTHON -m studies.table --eval "$scores" --by pose pose_embedding
 done

@@ -1,4 +1,4 @@
-"""studies/consistency.py and steps.py: what they measure, print, write and refuse."""
+"""studies: consistency.py, steps.py, pose_mlp.py: what they measure, print, write and refuse."""
 
 import json
 
@@ -7,9 +7,12 @@ import torch
 from helpers import call
 from PIL import Image
 
+import data
+import model
 from lib.cli import InputError
-from studies import consistency, steps, table
+from studies import consistency, pose_mlp, steps, table
 from tools import shapes
+from tools.shapes import look_at
 
 
 def read_jsonl(path) -> list[dict]:
@@ -177,3 +180,50 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
         call(table, "--eval", mixed)
     with pytest.raises(InputError, match="--by lr"):
         call(table, "--eval", path, "--by", "lr")
+
+
+@pytest.mark.parametrize(
+    "variant, layers, inputs",
+    [
+        ("as_it_is", 3, 36),
+        ("no_sines", 3, 4),
+        ("one_frequency", 3, 12),
+        ("two_layers", 2, 36),
+        ("one_layer", 1, 36),
+        ("no_token", 3, 36),
+        ("absolute", 3, 54),
+    ],
+)
+def test_variants_of_the_pose_mlp(monkeypatch, variant, layers, inputs):
+    """Each has the MLP that it says, and the camera move in the context token but for one."""
+    for owner, name in (
+        (model, "POSE_FREQUENCIES"),
+        (model, "POSE_FEATURES"),
+        (model, "pose_features"),
+        (model, "make_pose_mlp"),
+        (model.NovelViewModel, "embed_condition"),
+        (data, "relative_pose"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is put back
+    pose_mlp.VARIANTS[variant]()
+    network = model.NovelViewModel(
+        cls_dim=8,
+        context_dim=8,
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        num_heads=4,
+        latent_size=8,
+        pose_embedding="mlp",
+    )
+    linear = [layer for layer in network.pose_mlp if isinstance(layer, torch.nn.Linear)]
+    assert (len(linear), linear[0].in_features) == (layers, inputs)
+    torch.nn.init.normal_(linear[-1].weight)  # it is zero at first
+
+    input_view = look_at(1.0, 0.0, 1.8)[None]
+    targets = look_at(torch.tensor([1.0, 1.2]), torch.tensor([1.0, 2.0]), 1.6)
+    pose = data.relative_pose(input_view, targets).float()
+    token, embedding = network.embed_condition(torch.ones(2, 8), pose)
+    assert torch.equal(token[0], token[1]) == (variant == "no_token")
+    assert not torch.equal(embedding[0], embedding[1])
