@@ -2,7 +2,8 @@
 # Table 1 and figures 6 and 7 (section 4.2) on procedural cars, small enough for a CPU.
 #
 #     make ablation    # runs studies/ablation.sh with the defaults below: 90 minutes on one core
-#     DEVICE=cuda OBJECTS=8192 PRETRAIN=20000 STEPS=5000 studies/ablation.sh
+#     OUT=out/ablation-large DEVICE=cuda OBJECTS=8192 PRETRAIN=20000 STEPS=5000 SCORE_EVERY=500 \
+#         studies/ablation.sh
 #
 # First one model is pretrained with uniform timesteps and without conditions. It stands in for
 # Stable Diffusion. Then each row is finetuned from it and scored. The seeds are the outer loop, so

@@ -7,6 +7,7 @@ studies/poses.sh runs all variants. A run of a variant is loaded by this script 
 does not say what it is.
 """
 
+import argparse
 import runpy
 import sys
 
@@ -103,9 +104,10 @@ def main() -> None:
     parser = ArgumentParser(__doc__, prog="python -m studies.pose_mlp")
     parser.add_argument("variant", choices=VARIANTS, help="which change")
     parser.add_argument("script", choices=["train.py", "evaluate.py"], help="what to run")
-    args, flags = parser.parse_known_args()
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
+    args = parser.parse_args()
     VARIANTS[args.variant]()
-    sys.argv = [args.script, *flags]
+    sys.argv = [args.script, *args.flags]
     runpy.run_path(args.script, run_name="__main__")
 
 

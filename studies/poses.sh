@@ -2,7 +2,7 @@
 # How the camera move should enter the model: --pose and --pose_embedding, on cars and on blocks.
 #
 #     studies/poses.sh                                   # a CPU, about an hour and a half on one core
-#     STEPS=1200 SEEDS="0 1 2" studies/poses.sh
+#     OUT=out/poses-1200 STEPS=1200 SEEDS="0 1 2" studies/poses.sh
 #     SEEDS="0 1 2" VARIANTS="no_sines two_layers one_layer no_token absolute" studies/poses.sh
 #
 # The camera move's four numbers leave out the elevation of the input view ("zero123"), or have it in
