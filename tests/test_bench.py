@@ -312,6 +312,8 @@ def test_triton_kernels_change_nothing_but_rounding():
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if "wrap_triton only works on" in done.stderr:
+        pytest.skip("torch 2.6 does not take interpreted kernels")
     assert done.returncode == 0, done.stderr
 
 
