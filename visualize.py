@@ -95,7 +95,7 @@ def picture_grid(rows: list[list[np.ndarray]], columns: list[str], names: list[s
 
 
 def camera_moves(folder: Path) -> list[str]:
-    """The camera moves of the views in a folder of sample.py's, in words; [] of an older one.
+    """The camera moves of the views in a folder of sample.py's, in words; [] if it has none.
 
     Raises InputError where transforms.json can't be read.
     """
@@ -104,9 +104,10 @@ def camera_moves(folder: Path) -> list[str]:
         return []
     try:
         frames = json.loads(path.read_text())["frames"]
-        return [frame["camera_move"] for frame in frames]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        moves = [frame.get("camera_move") for frame in frames]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not from sample.py ({one_line(error)})") from None
+    return moves if all(moves) else []  # sample.py did not always write them
 
 
 def condense(tokens: Tensor, fitted_on: Tensor) -> Tensor:

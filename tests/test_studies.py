@@ -195,7 +195,7 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
     ],
 )
 def test_variants_of_the_pose_mlp(monkeypatch, variant, layers, inputs):
-    """Each has the MLP that it says, and the camera move in the context token but for one."""
+    """Each has the MLP that it says. In all but one the context token holds the camera move."""
     for owner, name in (
         (model, "POSE_FREQUENCIES"),
         (model, "POSE_FEATURES"),

@@ -259,6 +259,11 @@ def test_figures_1_and_8_name_the_camera_moves(draw, tmp_path):
     figure = draw("wild", tmp_path / "cat", tmp_path / "dog")
     assert [ax.get_title() for ax in figure.axes[:3]] == ["input", "view 0", "view 1"]
 
+    for name in ("cat", "dog"):  # as sample.py wrote it before it named the moves
+        (tmp_path / name / "transforms.json").write_text('{"frames": [{}, {}]}')
+    figure = draw("wild", tmp_path / "cat", tmp_path / "dog")
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["input", "view 0", "view 1"]
+
     (tmp_path / "dog" / "transforms.json").write_text("{}")
     with pytest.raises(InputError, match="transforms.json: not from sample.py"):
         draw("wild", tmp_path / "cat", tmp_path / "dog")
