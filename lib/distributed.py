@@ -63,12 +63,12 @@ def join_ranks(backend: str = "gloo") -> tuple[int, int]:
                 f"the environment has RANK={os.environ['RANK']} but no {name}: "
                 "start this script with torchrun, or unset RANK"
             )
-    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
-        print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
     # Over gloo ranks wait for hours while rank 0 works; NCCL keeps its own time limit.
     timeout = timedelta(days=2) if backend == "gloo" else None
     # While it waits, Python's own handler of Ctrl-C does not run, and the process would not end.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
+        print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
     dist.init_process_group(backend, timeout=timeout)
     signal.signal(signal.SIGINT, handler)
     return dist.get_rank(), dist.get_world_size()
