@@ -50,13 +50,7 @@ def one_layer() -> None:
 
 def no_token() -> None:
     """The MLP alone: the context token holds the image's [CLS] and no camera move."""
-
-    def embed_condition(self, cls: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(cls.device):
-            token = self.cc_projection(torch.cat([cls, torch.zeros_like(pose)], dim=1).float())
-            return token[:, None], self.pose_mlp(model.pose_features(pose.float()))
-
-    NovelViewModel.embed_condition = embed_condition
+    give_token(torch.zeros_like)
 
 
 def absolute() -> None:
@@ -69,14 +63,20 @@ def absolute() -> None:
         move = relative_pose(cond, target, encoding)
         return torch.cat([move, own.expand(*move.shape[:-1], 2)], dim=-1)
 
+    data.relative_pose = with_own_camera
+    give_token(lambda pose: pose[:, :4])
+    model.POSE_FEATURES = model.POSE_FEATURES * 6 // 4
+
+
+def give_token(part_of) -> None:
+    """The context token gets part_of(pose), (B, 4); the MLP gets all of the pose."""
+
     def embed_condition(self, cls: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(cls.device):
-            token = self.cc_projection(torch.cat([cls, pose[:, :4]], dim=1).float())
+            token = self.cc_projection(torch.cat([cls, part_of(pose)], dim=1).float())
             return token[:, None], self.pose_mlp(model.pose_features(pose.float()))
 
-    data.relative_pose = with_own_camera
     NovelViewModel.embed_condition = embed_condition
-    model.POSE_FEATURES = model.POSE_FEATURES * 6 // 4
 
 
 def use_frequencies(*frequencies: int) -> None:

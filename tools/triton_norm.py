@@ -91,8 +91,8 @@ def grid_and_outputs(x: Tensor) -> tuple[tuple, int, Tensor, Tensor]:
     """(grid, chunk size, two empty (B, K, C) float32) for a kernel over x (B, N, C)."""
     B, N, C = x.shape
     rows = chunk_size(N)
-    outputs = torch.empty(2, B, N // rows, C, device=x.device)
-    return (B, N // rows, triton.cdiv(C, COLUMNS)), rows, outputs[0], outputs[1]
+    first = torch.empty(B, N // rows, C, device=x.device)
+    return (B, N // rows, triton.cdiv(C, COLUMNS)), rows, first, torch.empty_like(first)
 
 
 @triton_op("efficient3dim::channel_moments", mutates_args={})
@@ -101,7 +101,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     grid, rows, mean, var = grid_and_outputs(x)
     kernel = wrap_triton(moments_kernel)
     kernel[grid](x, mean, var, x.shape[1], x.shape[2], ROWS=rows, COLUMNS=COLUMNS)
-    return mean.clone(), var.clone()
+    return mean, var
 
 
 @triton_op("efficient3dim::channel_gradients", mutates_args={})
@@ -132,7 +132,7 @@ def channel_gradients(
         ROWS=rows,
         COLUMNS=COLUMNS,
     )
-    return sum_z.clone(), sum_zn.clone()
+    return sum_z, sum_zn
 
 
 class GroupNormSiLU(torch.autograd.Function):
