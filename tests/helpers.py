@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import precompute_dino
 import train
@@ -95,13 +97,19 @@ def script(
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
+    with subprocess.Popen(
         [str(word) for word in command],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        timeout=timeout,
-    )
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not killed: torchrun then ends its ranks
+            raise
+    done = subprocess.CompletedProcess(command, process.returncode, printed, errors)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     if nproc == 0:  # torchrun prints a traceback of its own when a rank fails
@@ -123,6 +131,8 @@ def fork(work: Callable, log: Path, setup: Callable | None = None) -> int:
         return pid
     code = 1
     try:
+        # tqdm's own lock is shared by processes, and a child that is killed may hold it.
+        tqdm.set_lock(threading.RLock())
         output = open(log, "w", buffering=1)  # noqa: SIM115 (open until the child ends)
         sys.stdout = output
         sys.stderr = output
@@ -152,9 +162,18 @@ def wait(pid: int, seconds: float = 90) -> int | None:
     return None
 
 
+def wait_or_kill(pid: int) -> int | None:
+    """The child's exit code; None, and it is killed, if it does not end in time."""
+    code = wait(pid)
+    if code is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return code
+
+
 def run_child(work: Callable, log: Path, setup: Callable | None = None) -> int | None:
     """The exit code of a script's main `work` in a child; see `fork`."""
-    return wait(fork(work, log, setup))
+    return wait_or_kill(fork(work, log, setup))
 
 
 def archiving(tree: Path, out: Path, seed: int = 0) -> Callable:

@@ -34,6 +34,7 @@ from helpers import (
     steps_with,
     training,
     wait,
+    wait_or_kill,
     weights,
 )
 from torch.distributed.run import get_args_parser
@@ -527,7 +528,7 @@ def run_two_ranks(work, logs: Path, act) -> list[int | None]:
             act(rank)
 
         pids.append(fork(work, logs / f"log{rank}", setup))
-    return [wait(pid) for pid in pids]
+    return [wait_or_kill(pid) for pid in pids]
 
 
 @pytest.mark.slow
@@ -573,7 +574,7 @@ def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
 
 
 class Torchrun:
-    """train.py in two processes under torchrun; it runs until it is told to stop."""
+    """train.py in two processes under torchrun, which gets SIGTERM as the block is left."""
 
     def __init__(self, archive: Path, out: Path):
         self.out = out
@@ -592,6 +593,13 @@ class Torchrun:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
+    def __enter__(self) -> "Torchrun":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
     def printed(self) -> str:
         return (self.out / "printed").read_text()
 
@@ -607,17 +615,16 @@ class Torchrun:
 @pytest.mark.slow
 def test_torchrun_passes_the_signal_on(archive, tmp_path):
     """SIGTERM to torchrun, which signals each rank's process group."""
-    job = Torchrun(archive, tmp_path)
-    job.wait_for_lines(12)
-    if LONG:  # a rank is killed, and the job started again
-        children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children")
-        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-        assert job.process.wait(60) != 0
-        assert newest(tmp_path) >= 10
-        job = Torchrun(archive, tmp_path)
-        job.wait_for_lines(len(log_lines(tmp_path)) + 30)
-    job.process.send_signal(signal.SIGTERM)
-    job.process.wait(60)
+    with Torchrun(archive, tmp_path) as job:
+        job.wait_for_lines(12)
+        if LONG:  # a rank is killed, and the job started again below
+            children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children")
+            os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+            assert job.process.wait(60) != 0
+            assert newest(tmp_path) >= 10
+    if LONG:
+        with Torchrun(archive, tmp_path) as job:
+            job.wait_for_lines(len(log_lines(tmp_path)) + 30)
     printed = job.printed()
     steps = steps_with(tmp_path, "loss")
     assert steps == list(range(1, len(steps) + 1))
