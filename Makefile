@@ -11,9 +11,7 @@ demo: $(VENV)/demo
 	$(PYTHON) sample.py --ckpt assets/cars.safetensors --image assets/car.png --no-crop --orbit 12 \
 		--steps 20 --scale 2 --out $(DEMO)/shipped
 	@echo "look at $(DEMO)/shipped/car/orbit.gif; now a model of your own, in about ten minutes"
-	test -e $(DEMO)/data || { rm -rf $(DEMO)/data.part && \
-		$(PYTHON) -m tools.shapes --out $(DEMO)/data.part --objects 768 --seed 1 && \
-		mv $(DEMO)/data.part $(DEMO)/data; }
+	test -e $(DEMO)/data || $(PYTHON) -m tools.shapes --out $(DEMO)/data --objects 768 --seed 1
 	$(PYTHON) precompute_dino.py @presets/frozen-small.txt --val_fraction 0.0625 \
 		--data $(DEMO)/data --archive $(DEMO)/archive --workers 1
 	$(PYTHON) train.py @presets/small.txt --archive $(DEMO)/archive --out $(DEMO) --steps 1200 \

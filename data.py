@@ -193,6 +193,7 @@ def scan(root: Path) -> list[str]:
     seen = set()
     for folder, below, files in os.walk(root, followlinks=True):
         # Real folders come before links, so that an object keeps its own name.
+        below[:] = [name for name in below if not name.startswith(".")]  # half-written ones
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         real = os.path.realpath(folder)
         if real in seen:  # a loop, or an object's second name: it could be in both splits
@@ -523,6 +524,7 @@ class Archive(torch.utils.data.Dataset):
             path = indexed(folder, IMAGE_EXTENSIONS)[file_index]
         except (OSError, KeyError):
             raise InputError(f"--data {folder}: no image {file_index:03d} in it") from None
+        check_same_pose(self.root, folder, file_index, self.view(index, view, ("pose",))["pose"])
         return load_image(path, self.manifest["image_size"])[0]
 
     def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
@@ -567,6 +569,19 @@ def stack_for_the_trainer(rows: list[Tensor]) -> Tensor:
     own memory first, large batches would fragment the heap, which then grows for hours.
     """
     return torch.utils.data.default_collate(rows)
+
+
+def check_same_pose(archive: Path, folder: Path, view: int, archived: Tensor) -> None:
+    """Raises InputError where a view of an object's folder is not the one that was archived.
+
+    That is told from its pose (3,4): trees of other renders often have the same names.
+    """
+    path = indexed(folder, (".npy",)).get(view, folder / f"{view:03d}.npy")
+    if not torch.equal(archived, torch.from_numpy(read_pose(path)).to(archived.dtype)):
+        raise InputError(
+            f"--data {path}: not the pose that --archive {archive} has of this view; "
+            "was the archive made from another tree?"
+        )
 
 
 def row_shapes(manifest: dict) -> dict[str, tuple[int, ...]]:

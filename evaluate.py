@@ -342,11 +342,17 @@ def training_mean(root: str, val_fraction: float, size: int) -> Tensor | None:
 
 
 def file_hash(pairs: list[dict]) -> str:
-    """A hash of the sizes and times of the pairs' files: new renders are scored again."""
+    """A hash of the sizes and times of the pairs' files: new renders are scored again.
+
+    Raises InputError naming a file that is not there.
+    """
     stats = []
     for pair in pairs:
         for path in (pair["cond"], pair["target"], *pair["move"]):
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}") from None
             stats.append((stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
 

@@ -28,9 +28,11 @@ A shard appears whole or not at all. The same command again writes the shards th
 """
 
 import argparse
+import bisect
 import itertools
 import math
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +45,14 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import data
-from lib.archives import ARCHIVE_FORMAT, read_manifest, save_manifest, save_shard, shard_path
+from lib.archives import (
+    ARCHIVE_FORMAT,
+    open_shard,
+    read_manifest,
+    save_manifest,
+    save_shard,
+    shard_path,
+)
 from lib.cli import (
     ArgumentParser,
     InputError,
@@ -197,7 +206,7 @@ class ViewLoader:
             batch_size=None,
             sampler=self.batches(),
             num_workers=self.args.workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and self.args.device != "cpu",
         )
         for batch in loader:
             self.skipped += batch.pop("skipped")
@@ -361,7 +370,27 @@ def check_begun(args: argparse.Namespace, names: list[str]) -> bool:
     if names != there["objects"]:
         listed = len(there["objects"])
         raise InputError(f"--data {args.data}: its objects are not the {listed} that {path} lists")
+    check_same_tree(args, names)
     return True
+
+
+def check_same_tree(args: argparse.Namespace, names: list[str]) -> None:
+    """Raises InputError where the shards that are there hold other renders of these objects.
+
+    It looks at one view of each shard.
+    """
+    for shard, members in members_of(names, range(count_shards(names))).items():
+        path = shard_path(args.archive, shard)
+        if not path.exists():
+            continue
+        handle = open_shard(path)
+        offsets = handle.get_tensor("view_offset").tolist()
+        if offsets[-1] == 0:
+            continue  # all of its views were skipped
+        name = members[bisect.bisect_right(offsets, 0) - 1]
+        view = handle.get_slice("view")[0:1].item()
+        pose = handle.get_slice("pose")[0]
+        data.check_same_pose(args.archive, Path(args.data, name), view, pose)
 
 
 def frozen_path(args: argparse.Namespace) -> Path:
@@ -392,12 +421,16 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[list[str], l
     data.warn_of_odd_poses(args.data, names)
     if not check_begun(args, names):
         make_frozen(args, names, device)
-    shards = range(math.ceil(len(names) / data.SHARD_OBJECTS))
+    shards = range(count_shards(names))
     missing = [shard for shard in shards if not shard_path(args.archive, shard).exists()]
     return names, missing
 
 
-def members_of(names: list[str], shards: list[int]) -> dict[int, list[str]]:
+def count_shards(names: list[str]) -> int:
+    return math.ceil(len(names) / data.SHARD_OBJECTS)
+
+
+def members_of(names: list[str], shards: Iterable[int]) -> dict[int, list[str]]:
     """Shard -> names of its objects."""
     members = {}
     for shard in shards:
@@ -575,7 +608,7 @@ def main() -> None:
     if skipped:
         print_skipped(skipped)
     wait_for_all(world)
-    leave_ranks(world)
+    leave_ranks()
 
     if rank == 0:
         shards = list(Path(args.archive).glob("[0-9]*.safetensors"))

@@ -37,7 +37,7 @@ from data import POSE_ENCODINGS, TAN_HALF_FOV, seeded
 from lib import cli
 from lib.cli import ArgumentParser, InputError, run_script
 from lib.distributed import open_device
-from lib.files import write_atomically
+from lib.files import check_writable, write_atomically
 from lib.images import list_photos, load_photo, write_views
 from model import TIMESTEPS, NovelViewModel, predicted_x0_eps
 from pretrained import autocast, encode, image_size
@@ -573,6 +573,23 @@ def orbit_azimuths(count: int, start: list[float]) -> list[float]:
     return [start[0] + 360 * i / count for i in range(count)]
 
 
+def check_cameras(args: argparse.Namespace) -> None:
+    """Raises InputError for a camera beyond the object, and warns of one that looks over a pole."""
+    nearest = args.input_distance + min(args.distance)
+    if nearest <= 0:
+        raise InputError(
+            f"--distance {min(args.distance):g}: it is a change, and from --input_distance "
+            f"{args.input_distance:g} the camera would come out at {nearest:g}"
+        )
+    for elevation in args.elevation:
+        if abs(args.input_elevation + elevation) > 90:
+            print(
+                f"WARNING: --elevation {elevation:g}: with --input_elevation "
+                f"{args.input_elevation:g} the camera passes over the pole, and is upside down; "
+                "no model has seen such views"
+            )
+
+
 def load_photos(paths: list[Path], size: int, crop: bool) -> dict[Path, Tensor]:
     """{path: image (3,size,size)}.
 
@@ -598,11 +615,14 @@ def main() -> None:
     if args.orbit:
         azimuths = orbit_azimuths(args.orbit, args.azimuth)
     poses = camera_moves(azimuths, args.elevation, args.distance)
+    check_cameras(args)
     labels = move_names(poses)
     paths = list_photos(args.image)
     device, precision = open_device(args.device, args.precision)
     # Photos first: opening the networks takes long.
     images = load_photos(paths, image_size(args.ckpt), args.crop)
+    for path in images:
+        check_writable(Path(args.out, path.stem, "input.png"))
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )

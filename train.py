@@ -1042,7 +1042,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         write_text(out / "preempted", "")
         log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
     log.close(f"{out}: {state.step} steps in {state.seconds:.0f} s of training")
-    leave_ranks(world)
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ matplotlib.rcParams.update(
         "font.size": 8,
         "lines.linewidth": 1.2,
         "lines.markersize": 3.5,
+        "text.parse_math": False,  # a folder's name may hold a $
     }
 )
 
@@ -90,7 +91,8 @@ def picture_grid(rows: list[list[np.ndarray]], columns: list[str], names: list[s
             if i == 0:
                 ax.set_title(textwrap.fill(columns[j], 16))
             if j == 0:
-                ax.set_ylabel(textwrap.fill(names[i], 20))
+                name = names[i].encode(errors="backslashreplace").decode()  # may be no text
+                ax.set_ylabel(textwrap.fill(name, 20))
     return figure
 
 

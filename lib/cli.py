@@ -131,6 +131,8 @@ def run_script(main) -> None:
     That is an InputError (a data worker's, too), a GPU whose memory is too small, and a data worker
     that died. Ctrl-C gives exit code 130. Any other error is a bug and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
@@ -180,6 +182,8 @@ def explain(error: Exception) -> str | None:
         )
     if "Too many open files" in text or "received 0 items of ancdata" in text:
         return "too many open files; raise the limit: ulimit -n 65536"
+    if "Pin memory thread exited" in text:  # its own error stands above
+        return "batches could not be received, as said above; too many open files? ulimit -n 65536"
     from_worker = "DataLoader worker" in text
     lost_connection = isinstance(error, (ConnectionError, EOFError))
     if not (from_worker or lost_connection):

@@ -35,6 +35,8 @@ def open_device(name: str, precision: str | None) -> tuple[torch.device, str]:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: cpu or cuda")
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise InputError(f"--device {name}: torchrun gives each process its GPU; give cuda")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
@@ -63,8 +65,9 @@ def join_ranks(backend: str = "gloo") -> tuple[int, int]:
                 f"the environment has RANK={os.environ['RANK']} but no {name}: "
                 "start this script with torchrun, or unset RANK"
             )
-    # Over gloo ranks wait for hours while rank 0 works; NCCL keeps its own time limit.
-    timeout = timedelta(days=2) if backend == "gloo" else None
+    # Over gloo alone ranks wait for hours while rank 0 works. With NCCL they wait for a preview or
+    # a checkpoint at most, and a peer that died must not hold the others for long.
+    timeout = timedelta(days=2) if backend == "gloo" else timedelta(minutes=30)
     # While it waits, Python's own handler of Ctrl-C does not run, and the process would not end.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
@@ -74,8 +77,8 @@ def join_ranks(backend: str = "gloo") -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def leave_ranks(world: int) -> None:
-    if world > 1:
+def leave_ranks() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -175,6 +178,9 @@ def compile_in_place(module: nn.Module) -> None:
         from torch._inductor.async_compile import AsyncCompile
 
         AsyncCompile.warm_pool()
+    if torch.__version__ < "2.14" and getattr(module, "checkpointing", False):
+        # torch 2.6 fails where it cuts a graph that recomputes at DDP's buckets.
+        torch._dynamo.config.optimize_ddp = False
     options = {}
     if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
         # A fusion for GPUs that fails an assertion of torch 2.14.1 at some shapes.

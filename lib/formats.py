@@ -628,6 +628,8 @@ def find_weights(path: str | Path) -> Path:
     Any other path is returned as it is. Raises InputError for a folder without a checkpoint.
     """
     path = Path(path)
+    if path.name == "state.pt" and (path.parent / "model.safetensors").exists():
+        raise InputError(f"{path}: holds what resuming takes; give its folder, {path.parent}")
     if (path / "latest").is_file():
         name = (path / "latest").read_text(errors="replace").strip()
         if not re.fullmatch(r"step_\d{7}", name):

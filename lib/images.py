@@ -102,8 +102,9 @@ def composite(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits would clip it
         numbers = np.asarray(image)
-        transparent = image.info.get("transparency", -1)
-        alpha = (numbers != transparent).astype(np.float32)
+        alpha = np.ones(numbers.shape, np.float32)
+        if "transparency" in image.info:
+            alpha[numbers == image.info["transparency"]] = 0
         grey = (numbers.astype(np.float32) / 65535).clip(0, 1)
         rgb = np.repeat(grey[..., None], 3, axis=2)
     else:
@@ -135,7 +136,11 @@ def load_image(path: str | Path, size: int) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------ photos
 
-PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".avif")
+PHOTO_EXTENSIONS = (
+    *IMAGE_EXTENSIONS,
+    *(".heic", ".heif", ".avif"),
+    *(".bmp", ".gif", ".tif", ".tiff"),
+)
 LARGEST_SIDE = 2048  # a telephone's photo would take gigabytes as floats
 MARGIN = 28 / 256  # Zero-1-to-3's: the object's long edge takes 200 of 256 pixels
 
@@ -177,7 +182,7 @@ def load_photo(path: Path, size: int, crop: bool = True) -> Tensor:
     rgb, alpha = composite(photo)
     if not crop:
         return fit(rgb, 0, size)
-    if alpha.min() == 1:
+    if (alpha > 0.5).all():  # some programs write a few pixels of alpha 254
         rgb, alpha = cut_out(rgb, path)
     is_object = alpha > 0.5
     rows = np.flatnonzero(is_object.any(axis=1))
@@ -327,7 +332,8 @@ def views_of_an_earlier_run(folder: Path) -> list[Path]:
     """Files to clear away. There are none where the folder is not one that sample.py wrote."""
     if not (folder / "input.png").exists() or not (folder / "grid.png").exists():
         return []
-    return [*folder.glob("[0-9][0-9][0-9].png"), folder / "orbit.gif", folder / "x0.npz"]
+    others = [folder / name for name in ("orbit.gif", "x0.npz", "transforms.json")]
+    return [*folder.glob("[0-9][0-9][0-9].png"), *others]
 
 
 def write_trajectory(path: Path, trajectory: dict[int, list[Tensor]]) -> None:

@@ -108,7 +108,25 @@ def read_scores(
     for condition in where:
         lines = [line for line in lines if fulfils(line, condition)]
     check_alike(lines, alike)
+    check_told_apart(lines)
     return lines
+
+
+def check_told_apart(lines: list[dict]) -> None:
+    """Raises InputError where two runs were trained with one --out: they would count as one."""
+    seen = {}
+    for line in lines:
+        key = line["train.out"], line["step"], line["row"]
+        other = seen.setdefault(key, line)
+        if other.get("weights_sha256") != line.get("weights_sha256"):
+            names = " and ".join(
+                f"{found['checkpoint']} (weights_sha256={found['weights_sha256']})"
+                for found in (other, line)
+            )
+            raise InputError(
+                f"--eval: {names} are both of --out {key[0]}, step {key[1]}, and cannot be told "
+                "apart; choose by --where"
+            )
 
 
 def with_flags(line: dict) -> dict:

@@ -33,9 +33,7 @@ SPLIT="--val_fraction 0.125"
 
 # Made under another name first, so that a half-written tree is never taken for the whole one.
 if [ ! -e "$OUT/data" ]; then
-    rm -rf "$OUT/data.part"
-    $PYTHON -m tools.shapes --out "$OUT/data.part" --objects "$OBJECTS"
-    mv "$OUT/data.part" "$OUT/data"
+    $PYTHON -m tools.shapes --out "$OUT/data" --objects "$OBJECTS"
 fi
 $PYTHON precompute_dino.py @presets/frozen-small.txt $SPLIT --data "$OUT/data" \
     --archive "$OUT/archive" --workers "$WORKERS"

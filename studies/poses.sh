@@ -42,9 +42,7 @@ row() {
 
 for kind in $KINDS; do
     if [ ! -e "$OUT/$kind/data" ]; then
-        rm -rf "$OUT/$kind/data.part"
-        $PYTHON -m tools.shapes --out "$OUT/$kind/data.part" --kind "$kind" --objects "$OBJECTS"
-        mv "$OUT/$kind/data.part" "$OUT/$kind/data"
+        $PYTHON -m tools.shapes --out "$OUT/$kind/data" --kind "$kind" --objects "$OBJECTS"
     fi
     $PYTHON precompute_dino.py @presets/frozen-small.txt --data "$OUT/$kind/data" \
         --archive "$OUT/$kind/archive" --val_fraction 0.125 --workers 0

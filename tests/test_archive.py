@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import FROZEN, SMALL, assert_close_shards, call, script, weights
+from helpers import FROZEN, SMALL, VIT, assert_close_shards, call, script, weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -23,6 +23,7 @@ import train
 from lib import archives, images
 from lib.autoencoder import AutoencoderKL
 from lib.cli import InputError
+from tools import shapes
 
 ARCHIVE = [*FROZEN, "--workers", 0, "--precision", "fp32"]
 TRAIN = [*SMALL, "--steps", 2, "--batch_size", 4, "--accumulate", 1, "--save_every", 2]
@@ -380,6 +381,20 @@ def test_what_cannot_be_archived_is_named(tree, tmp_path, monkeypatch, flags, na
 def test_an_archive_is_not_continued_with_other_flags(tree, archive, flags, named):
     with pytest.raises(InputError, match=named):
         call(precompute_dino, "--data", tree, "--archive", archive, *ARCHIVE, *flags)
+
+
+def test_an_archive_is_not_of_other_renders_of_the_same_names(tree, archive, tmp_path):
+    """tools.shapes calls the objects of every tree alike."""
+    other = tmp_path / "other"
+    flags = ["--kind", "blocks", "--objects", 12, "--views", 4, "--size", 32]
+    call(shapes, "--out", other, *flags, "--seed", 5)
+    named = r"--data .*other/\d{5}/\d{3}.npy: not the pose that --archive "
+    with pytest.raises(InputError, match=named):
+        call(precompute_dino, "--data", other, "--archive", archive, *ARCHIVE)
+    with pytest.raises(InputError, match=named):
+        online = ["--archive", archive, "--online", "--data", other, *VIT]
+        call(train, *online, *TRAIN, "--out", tmp_path / "run")
+    call(precompute_dino, "--data", tree, "--archive", archive, *ARCHIVE)
 
 
 def test_an_archive_is_not_continued_with_other_objects(tree, archive, tmp_path):

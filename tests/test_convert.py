@@ -136,3 +136,16 @@ def test_half_of_another_format_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.ckpt")
     with pytest.raises(InputError, match="not a checkpoint of ours"):
         call(convert, "--ckpt", tmp_path / "x.ckpt", "--out", tmp_path / "y.safetensors")
+
+
+def test_a_pose_that_the_format_cannot_name_is_said(tmp_path, vae, clip, monkeypatch, capsys):
+    """As Stable Zero123's: its readers must be told."""
+
+    def load(path, device, encoder_weights, vae_source, pose):
+        return small_model(pose_encoding=pose or "zero123"), clip, vae, {}
+
+    monkeypatch.setattr(pretrained, "load_checkpoint", load)
+    call(convert, "--ckpt", "stable.ckpt", "--out", tmp_path / "a", "--pose", "elevation")
+    assert "note: " in capsys.readouterr().out
+    call(convert, "--ckpt", "zero123.ckpt", "--out", tmp_path / "b")
+    assert "note: " not in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -218,6 +219,7 @@ def test_scan_finds_nested_and_linked_objects_and_the_list_overrides_it(tmp_path
     (root / "a" / "again").symlink_to(root / "b")
     (root / "notes").mkdir()
     (root / "a" / "loop").symlink_to(root)
+    shutil.copytree(root / "b", root / ".rendering" / "b")  # what tools.render has half-written
     assert data.list_objects(root) == ["a/10", "a/2", "a/again", "c"]
     assert data.list_objects(root) == ["a/10", "a/2", "a/again", "c"]
     printed = capsys.readouterr().out
@@ -256,6 +258,16 @@ def test_names_beyond_ascii_in_an_ascii_locale(tree, tmp_path, monkeypatch, list
     assert "1 objects, 1 of them sound; 4 sound views" in done.stdout
     monkeypatch.undo()
     assert data.list_objects(tmp_path / "tree") == ["ähre"]
+
+
+@pytest.mark.slow
+def test_names_that_are_no_text_are_printed(tree, tmp_path, monkeypatch):
+    name = os.fsdecode(b"bad\xff")
+    shutil.copytree(tree / "00000", tmp_path / "tree" / name)
+    (tmp_path / "tree" / name / "000.png").unlink()
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    done = script("tools.check", "--data", tmp_path / "tree", "--workers", 1, check=False)
+    assert r"bad\udcff/000.npy" in done.stdout
 
 
 def test_empty_or_absent_trees_are_refused(tmp_path):

@@ -467,3 +467,13 @@ def test_a_damaged_checkpoint_takes_no_scores_of_another_away(run, tree, tmp_pat
     with pytest.raises(InputError, match="model.safetensors: damaged"):
         score(run, tree, tmp_path / "e", "--ckpt", run, damaged)
     assert "samples" in by_row(tmp_path / "e")
+
+
+def test_a_render_that_is_gone_is_named(run, tree, tmp_path):
+    """A tree of links may hold one that leads nowhere."""
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    view = root / "00011" / "001.png"
+    view.unlink()
+    view.symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"{view}: No such file"):
+        score(run, root, tmp_path / "out.jsonl", "--protocol", "first")

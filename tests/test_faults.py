@@ -553,6 +553,20 @@ def test_ranks_that_see_different_shards_are_refused(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_compile_a_model_that_recomputes(small, tmp_path):
+    """torch 2.6 fails if it cuts the graph at DDP's buckets."""
+
+    def compile_without_inductor(rank):
+        compiled = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda self, **_: compiled(self, backend="aot_eager")
+
+    flags = ["--steps", 2, "--batch_size", 2, "--channel_mult", 1, 2]
+    work = training(small / "archive", tmp_path / "run", *flags, "--compile", "--checkpointing")
+    codes = run_two_ranks(work, tmp_path, compile_without_inductor)
+    assert codes == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_and_another_world_size(small, at4, tmp_path):
     """Two ranks go on where one stopped, one is killed, one goes on: only rounding changes."""
 

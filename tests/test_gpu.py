@@ -46,6 +46,7 @@ def forget_compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize(
     "flags",
     [["fp32"], ["fp16"], ["bf16"], ["bf16", "--compile"], ["bf16", "--checkpointing"]],

@@ -56,6 +56,12 @@ def test_parts_that_fail_hang_or_do_not_fit_take_nothing_from_the_others(tmp_pat
     ]
 
 
+@pytest.mark.parametrize(("name", "well"), [("correctness", False), ("our step", True)])
+def test_correctness_that_is_cut_short_is_a_failure(tmp_path, name, well):
+    parts = [Part(name, python("import time; time.sleep(60)"), 0, 0.2)]
+    assert gpu_check.run_parts(parts, 1, tmp_path / "out.jsonl") == well
+
+
 def test_what_a_hanging_part_has_started_ends_with_it(tmp_path):
     alive = tmp_path / "alive"
     child = f"import time; time.sleep(3); open({str(alive)!r}, 'w')"

@@ -5,6 +5,7 @@ test_data.py has how renders are read, test_sample.py rembg and other formats.
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lib import images
@@ -101,3 +102,34 @@ def test_photos_of_unknown_range_are_refused(tmp_path, mode, value):
     Image.new(mode, (8, 8), value).save(tmp_path / "photo.tiff")
     with pytest.raises(InputError, match="photo.tiff: unreadable image .of floats or 32-bit"):
         images.load_photo(tmp_path / "photo.tiff", 32)
+
+
+def test_a_few_pixels_that_are_not_opaque_are_no_cut_out_object(tmp_path):
+    photo = np.full((64, 96, 4), (90, 120, 90, 255), np.uint8)
+    photo[OBJECT] = (255, 0, 0, 255)
+    photo[3, 3, 3] = 254
+    assert box(images.load_photo(save(tmp_path, photo), 256)[1].numpy() < 0) == FRAMED
+
+
+def test_a_grey_that_counts_as_transparent_is_background(tmp_path):
+    photo = np.full((64, 96), 40_000, np.uint16)
+    photo[OBJECT] = 20_000
+    Image.fromarray(photo).save(tmp_path / "photo.png", transparency=40_000)
+    image = images.load_photo(tmp_path / "photo.png", 256)
+    assert box(image[0].numpy() < 0) == FRAMED
+    assert image[:, 0, 0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tif", ".TIFF"])
+def test_a_folders_photos_are_of_every_format_that_is_read(tmp_path, suffix):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"photo{suffix}")
+    assert images.list_photos(str(tmp_path)) == [tmp_path / f"photo{suffix}"]
+    images.load_photo(tmp_path / f"photo{suffix}", 8, crop=False)
+
+
+def test_views_stand_beside_no_cameras_of_an_earlier_run(tmp_path):
+    image = torch.zeros(3, 8, 8)
+    images.write_views(tmp_path, image, image.expand(3, -1, -1, -1), ["a", "b", "c"])
+    (tmp_path / "transforms.json").write_text("{}")
+    images.write_views(tmp_path, image, image[None], ["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000.png", "grid.png", "input.png"]

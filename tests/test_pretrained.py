@@ -1283,3 +1283,8 @@ def test_the_sd_codec_needs_weights():
         pretrained.load_codec("sd")
     with pytest.raises(InputError, match="--vae x: the codec is pixels"):
         pretrained.load_codec("pixels", "x")
+
+
+def test_what_resuming_takes_is_no_model(run):
+    with pytest.raises(InputError, match="state.pt: holds what resuming takes; give its folder"):
+        pretrained.load_checkpoint(str(run / "step_0000006" / "state.pt"))

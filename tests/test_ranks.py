@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 from lib import cli
+from lib.distributed import open_device
 
 
 @pytest.mark.parametrize(
@@ -37,11 +38,18 @@ def test_workers_are_no_more_than_cores(monkeypatch, cores, ranks, workers):
         ),
         (OSError(24, "Too many open files"), "ulimit -n"),
         (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("Pin memory thread exited unexpectedly"), "ulimit -n"),
     ],
 )
 def test_what_workers_run_out_of_is_named(error, words):
     """PyTorch's own messages on Docker's small /dev/shm, and on a low limit of open files."""
     assert re.search(words, cli.explain(error) or "no line: a traceback")
+
+
+def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(cli.InputError, match="--device cuda:0: .*give cuda$"):
+        open_device("cuda:0", None)
 
 
 @pytest.mark.slow

@@ -190,6 +190,27 @@ def test_an_orbit_starts_at_the_azimuth():
         sample.orbit_azimuths(3, [45.0, 90.0])
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--distance", 0, -2], "--distance -2: it is a change, .* would come out at -0.15"),
+        (["--distance", -1, "--input_distance", 1], "--distance -1: .* come out at 0"),
+    ],
+)
+def test_cameras_beyond_the_object_are_refused(tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        call(sample, "--ckpt", "x", "--image", tmp_path / "x.png", *flags)
+
+
+def test_cameras_beyond_the_pole_are_noted(tmp_path, capsys):
+    flags = ["--input_elevation", 60, "--elevation", 30, 31]
+    with pytest.raises(InputError, match=r"x.png: no such file"):
+        call(sample, "--ckpt", "x", "--image", tmp_path / "x.png", *flags)
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING") == 1
+    assert "--elevation 31: with --input_elevation 60 the camera passes over the pole" in printed
+
+
 def project(world_to_camera: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """World points (P,3) in a renderer's camera (3,4): (P,2), from -1 to 1 across the image."""
     x, y, z = (points @ world_to_camera[:, :3].T + world_to_camera[:, 3]).unbind(1)
@@ -279,6 +300,14 @@ def test_a_bad_photo_in_a_folder_stops_no_other(run, tree, tmp_path, capsys):
     with pytest.raises(InputError, match="none of the 2 photos"):
         call(sample, *absent)
     assert not (tmp_path / "none").exists()
+
+
+def test_an_out_that_cannot_be_written_is_found_before_sampling(run, tree, tmp_path, monkeypatch):
+    (tmp_path / "000").touch()  # where the photo's folder would be
+    monkeypatch.setattr(pretrained, "load_checkpoint", None)
+    with pytest.raises(InputError, match="000/input.png: could not be written"):
+        photo = tree / "00011" / "000.png"
+        call(sample, "--ckpt", run, "--image", photo, "--out", tmp_path, "--device", "cpu")
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="PIL reads AVIF since 11.3, in its wheels")

@@ -188,3 +188,23 @@ def test_a_data_set_is_not_written_over(tree, tmp_path):
         call(shapes, "--out", tree)
     with pytest.raises(InputError, match="exists and is not an empty folder"):
         call(shapes, "--out", tmp_path / "file")
+
+
+def test_an_interrupted_data_set_is_made_anew(tmp_path, monkeypatch):
+    """Its objects must not pass for all of them."""
+    flags = ["--out", tmp_path / "tree", "--objects", 3, "--views", 2, "--size", 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "write_list", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(shapes, *flags, "--seed", 1, "--workers", 0)
+    assert not (tmp_path / "tree").exists()
+    call(shapes, *flags, "--workers", 0)
+    call(shapes, *flags[2:], "--out", tmp_path / "whole", "--workers", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tree", "whole"]
+    for file in (tmp_path / "whole").rglob("*.png"):
+        same = tmp_path / "tree" / file.relative_to(tmp_path / "whole")
+        assert same.read_bytes() == file.read_bytes()
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt

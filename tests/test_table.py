@@ -96,6 +96,15 @@ def test_two_settings_of_one_run_are_refused(rows):
         rows(lines, "--where", "steps=4")
 
 
+def test_two_runs_of_one_out_are_not_taken_for_one(rows):
+    first = score("runs/x0", 13.4, checkpoint="m0/runs/x0", weights_sha256="a")
+    second = score("runs/x0", 13.3, checkpoint="m1/runs/x0", weights_sha256="b")
+    with pytest.raises(InputError, match="--eval: m0/.*=a.* and m1/.*=b.*--out runs/x0, step 20"):
+        rows([first, second])
+    assert len(rows([first, second], "--where", "checkpoint=m0/runs/x0")) == 1
+    assert len(rows([first, {**second, "weights_sha256": "a"}])) == 1
+
+
 def test_samples_a_pair_are_evaluates_and_tell_lines_apart(rows):
     lines = [score("a0", 5.0, samples=1), score("a0", 6.0, samples=3)]
     with pytest.raises(InputError, match="--eval: samples 1 and 3 don't compare"):

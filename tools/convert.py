@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pretrained
+from data import POSE_ENCODINGS
 from lib.autoencoder import AutoencoderKL
 from lib.checkpoints import read_checkpoint, write_model_file
 from lib.cli import ArgumentParser, InputError, run_script
@@ -255,6 +256,12 @@ def main() -> None:
         help="the image encoder's weights, where the checkpoint's are elsewhere",
     )
     add("--vae", help="the VAE's weights, where the checkpoint's are elsewhere")
+    add(
+        "--pose",
+        choices=POSE_ENCODINGS,
+        help="pose encoding of a checkpoint that is not ours; elevation: Stable Zero123's "
+        "(default: zero123; ours know theirs)",
+    )
     args = parser.parse_args()
     suffix = Path(args.out).suffix
     if suffix not in (".ckpt", ".safetensors") and suffix in WEIGHTS_SUFFIXES:
@@ -264,13 +271,18 @@ def main() -> None:
         print(f"wrote {args.out}")
         return
     model, encoder, codec, _ = pretrained.load_checkpoint(
-        args.ckpt, "cpu", args.encoder_weights, args.vae
+        args.ckpt, "cpu", args.encoder_weights, args.vae, args.pose
     )
     if suffix == ".ckpt":
         write_ldm(args.out, model, codec, encoder)
     else:
         write_diffusers(args.out, model, codec, encoder)
     print(f"wrote {args.out}")
+    if model.pose_encoding != "zero123":
+        print(
+            f"note: {args.out} cannot say that its fourth pose number is the input view's "
+            f"polar angle: tell what reads it (sample.py: --pose {model.pose_encoding})"
+        )
 
 
 if __name__ == "__main__":

@@ -688,7 +688,7 @@ def main(argv: list[str] | None = None, render=render_mesh) -> None:
     }
     try:
         follow(render_all(todo, out, options, workers, args.timeout, render), meshes, report)
-    finally:  # after Ctrl-C, too
+    finally:  # after Ctrl-C and SIGTERM, too
         shutil.rmtree(out / ".rendering", ignore_errors=True)
         report_file.write_text(json.dumps(report, indent=1))
         earlier = [name for name in listed if (out / name).is_dir()]
@@ -704,4 +704,5 @@ def main(argv: list[str] | None = None, render=render_mesh) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     run_script(main)

@@ -14,6 +14,7 @@ background.
 
 import colorsys
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -543,11 +544,13 @@ def shapes(
     plain: bool = False,
     kind: str = "cars",
 ) -> None:
-    """Writes a data set of procedural objects. The arguments are the flags of `main`."""
+    """Writes a data set of procedural objects, whole or not at all. See the flags of `main`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not an empty folder")
+    part = out.with_name(f"{out.name}.part")  # an interrupted tree must not pass for a whole one
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
     if device == "cuda" and not torch.cuda.is_available():
@@ -555,13 +558,14 @@ def shapes(
     if device == "cuda":
         workers = 0
     digits = max(5, len(str(objects - 1)))
-    work = partial(write_object, out, kind, views, size, seed, device, orbit, plain, digits)
+    work = partial(write_object, part, kind, views, size, seed, device, orbit, plain, digits)
     # Many small operations: threads only wait for each other, so processes share the work.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # The DataLoader serves as an ordered parallel map: collate_fn runs in the workers.
     loader = DataLoader(range(objects), batch_size=None, collate_fn=work, num_workers=workers)
-    write_list(out, list(progress(loader, desc="shapes", unit="object")))
+    write_list(part, list(progress(loader, desc="shapes", unit="object")))
+    part.replace(out)
     torch.set_num_threads(threads)
 
 
