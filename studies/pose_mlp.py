@@ -48,6 +48,12 @@ def one_layer() -> None:
     )
 
 
+def linear() -> None:
+    """A linear map of the four numbers alone."""
+    use_frequencies()
+    one_layer()
+
+
 def no_token() -> None:
     """The MLP alone: the context token holds the image's [CLS] and no camera move."""
     give_token(torch.zeros_like)
@@ -94,6 +100,7 @@ VARIANTS = {
         one_frequency,
         two_layers,
         one_layer,
+        linear,
         no_token,
         absolute,
     )

@@ -190,6 +190,7 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
         ("one_frequency", 3, 12),
         ("two_layers", 2, 36),
         ("one_layer", 1, 36),
+        ("linear", 1, 4),
         ("no_token", 3, 36),
         ("absolute", 3, 54),
     ],
