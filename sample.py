@@ -621,11 +621,11 @@ def main() -> None:
     device, precision = open_device(args.device, args.precision)
     # Photos first: opening the networks takes long.
     images = load_photos(paths, image_size(args.ckpt), args.crop)
-    for path in images:
-        check_writable(Path(args.out, path.stem, "input.png"))
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
+    for path in images:
+        check_writable(Path(args.out, path.stem, "input.png"))
 
     timesteps = ddim_timesteps(args.steps)
     saved_timesteps = [timesteps[i] for i in saved_steps(args.steps, args.save_x0)]

@@ -304,7 +304,7 @@ def test_a_bad_photo_in_a_folder_stops_no_other(run, tree, tmp_path, capsys):
 
 def test_an_out_that_cannot_be_written_is_found_before_sampling(run, tree, tmp_path, monkeypatch):
     (tmp_path / "000").touch()  # where the photo's folder would be
-    monkeypatch.setattr(pretrained, "load_checkpoint", None)
+    monkeypatch.setattr(sample, "sample_views", None)
     with pytest.raises(InputError, match="000/input.png: could not be written"):
         photo = tree / "00011" / "000.png"
         call(sample, "--ckpt", run, "--image", photo, "--out", tmp_path, "--device", "cpu")
