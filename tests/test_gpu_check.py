@@ -100,6 +100,7 @@ def test_an_unknown_part_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 80 s on two free cores
 def test_rehearsal(tmp_path, capsys):
     """Every part at tiny shapes on the CPU; without a GPU its own tests are skipped."""
     out = tmp_path / "out.jsonl"
