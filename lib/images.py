@@ -136,11 +136,8 @@ def load_image(path: str | Path, size: int) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------ photos
 
-PHOTO_EXTENSIONS = (
-    *IMAGE_EXTENSIONS,
-    *(".heic", ".heif", ".avif"),
-    *(".bmp", ".gif", ".tif", ".tiff"),
-)
+OTHER_EXTENSIONS = (".heic", ".heif", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
 LARGEST_SIDE = 2048  # a telephone's photo would take gigabytes as floats
 MARGIN = 28 / 256  # Zero-1-to-3's: the object's long edge takes 200 of 256 pixels
 
