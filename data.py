@@ -518,13 +518,14 @@ class Archive(torch.utils.data.Dataset):
 
     def image(self, index: int, view: int) -> Tensor:
         """The image (3,H,W) that a view was archived of. Raises InputError."""
-        file_index = self.view(index, view, ("view",))["view"].item()
+        archived = self.view(index, view, ("view", "pose"))
+        file_index = archived["view"].item()
         folder = Path(self.images, self.names[index])
         try:
             path = indexed(folder, IMAGE_EXTENSIONS)[file_index]
         except (OSError, KeyError):
             raise InputError(f"--data {folder}: no image {file_index:03d} in it") from None
-        check_same_pose(self.root, folder, file_index, self.view(index, view, ("pose",))["pose"])
+        check_same_pose(self.root, folder, file_index, archived["pose"])
         return load_image(path, self.manifest["image_size"])[0]
 
     def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
