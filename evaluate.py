@@ -5,7 +5,7 @@
     # one GPU
     python evaluate.py --ckpt runs/full --data DIR --split val
     # eight GPUs: the first view to the next 16, of 20 objects, three samples each
-    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/full runs/baseline --data DIR \
+    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/full runs/zero123 --data DIR \
         --protocol first --objects 20 --views 16 --samples 3
 
 The metrics are PSNR, SSIM, LPIPS and MSE. A row of the table is a model's samples, its samples with

@@ -468,8 +468,14 @@ def compile_frozen(encoder: ImageEncoder, codec: nn.Module | None = None) -> Non
         codec.encode = torch.compile(codec.encode)
 
 
+FROZEN_PREFIXES = ("encoder.", "pca.")
+
+
 def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What no public file holds of an encoder: random weights (encoder.*) and the PCA (pca.*)."""
+    """What no public file holds of an encoder: random weights (encoder.*) and the PCA (pca.*).
+
+    A checkpoint and an archive keep them under these names, those of FROZEN_PREFIXES.
+    """
     tensors = {}
     if encoder.source == "random":
         for name, value in encoder.vit.state_dict().items():
@@ -482,7 +488,8 @@ def own_tensors(encoder: ImageEncoder, pca: dict[str, Tensor] | None = None) -> 
 
 def split_own(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """(an encoder's weights or {}, its PCA or None) from `own_tensors`; other names are ignored."""
-    return with_prefix(tensors, "encoder."), with_prefix(tensors, "pca.") or None
+    weights, pca = (with_prefix(tensors, prefix) for prefix in FROZEN_PREFIXES)
+    return weights, pca or None
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -591,7 +598,8 @@ def read_model(path: Path) -> tuple[dict, dict[str, Tensor], NovelViewModel] | N
     with naming(f"{path}: its weights do not fit its metadata"):
         check_values(meta)
         model = NovelViewModel(**meta["model"])
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+        own = {name: v for name, v in tensors.items() if not name.startswith(FROZEN_PREFIXES)}
+        model.load_state_dict(own)
     return meta, tensors, model
 
 
@@ -676,12 +684,12 @@ def open_foreign_codec(
 
 @torch.no_grad()
 def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor], flag: str = "init") -> None:
-    """Fills `model.unet` and `model.cc_projection` from `read_weights`'s tensors, and reports.
+    """Fills the model's UNet, cc_projection and pose MLP from `read_weights`'s tensors; reports.
 
     A conv_in without the condition's channels is extended with zeros, so that the network starts
     as the pretrained one (Zero-1-to-3). flag: where the weights come from, for messages: "init", or
-    "ckpt FILE". Raises InputError, before anything is changed, where shapes disagree or a tenth of
-    the UNet is missing.
+    "ckpt FILE". Raises InputError, before anything is changed, where shapes disagree, the pose MLP
+    has other layers, or a tenth of the UNet is missing.
     """
     own = model.state_dict()
     given = own_names(weights)
@@ -695,6 +703,13 @@ def load_pretrained(model: NovelViewModel, weights: dict[str, Tensor], flag: str
         raise InputError(f"--{flag}: {len(wrong)} tensors are of other shapes: {', '.join(shapes)}")
     missing = [name for name in own if name not in given]
     unused = [name for name in given if name not in own]
+    # One layer more or less, and what fits in shape would be another layer's.
+    other_layers = [name for name in missing + unused if name.startswith(POSE_MLP)]
+    if other_layers and any(name in own for name in given if name.startswith(POSE_MLP)):
+        raise InputError(
+            f"--{flag}: its pose MLP has other layers ({', '.join(other_layers[:2])}); "
+            "is it of another version of this code?"
+        )
     covered = unet_share(own, given)
     if covered < 0.9:
         raise InputError(

@@ -6,16 +6,18 @@
     python sample.py --ckpt runs/full --image photo.png --orbit 12 --stochastic_conditioning
 
 Writes OUT/<image's name>/: input.png (what the model was shown), 000.png ... (one view for each
-camera move), grid.png, orbit.gif and transforms.json (the views' cameras, for 3D reconstruction).
+camera move), grid.png, orbit.gif where there are two views or more, and transforms.json (the views'
+cameras, for 3D reconstruction).
 Camera moves are relative to the input view: --azimuth turns the camera counter-clockwise about the
 object as seen from above, --elevation moves it up, --distance away. --ckpt takes a run, a step
 folder or a weights file of any format that pretrained.py reads.
 
 In the order of reading:
-    steps of a sampler    ddim_timesteps, ddim_step, dpm_step
+    steps of a sampler    ddim_timesteps, ddim_step; half_log_snr, dpm_step
     what a step sees      guided_prediction (guidance), draw_condition (stochastic conditioning)
-    the loop              sample_latents
-    images and moves      condition_on, decode, camera_moves, move_names, move_between, sample_views
+    the loop              sample_latents, draw_noise
+    images and moves      condition_on, decode; camera_moves, move_names, move_between, encode_moves
+    all views             sample_views, with_moves
     cameras               camera_to_world, write_transforms
     the command           flags, main
 

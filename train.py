@@ -666,7 +666,7 @@ def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scale
     """Where training is, by OUT's newest checkpoint; a fresh state where there is none.
 
     The checkpoint also fills model, ema, optimizer and scaler. facts: `run_facts`. Raises
-    InputError where a fact changed that must stay.
+    InputError where a fact changed that must stay, or the model's layers did.
     """
     device = model.alpha_bar.device
     losses = torch.zeros(2, BINS, dtype=torch.float64, device=device)
@@ -682,8 +682,9 @@ def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scale
     changes = checkpoints.compare_flags(args.out, now, saved["args"])
     if changes and rank == 0:
         print("resuming with what differs from the checkpoint:", *changes, sep="\n  ")
-    model.load_state_dict(saved["model"])
-    ema.load_state_dict({name: ema_weights[name] for name in saved["model"]})
+    with pretrained.naming(f"--out {out}: its weights are of another version of this code"):
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict({name: ema_weights[name] for name in saved["model"]})
     # This command's learning rate and weight decay count, not those of the checkpoint.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
@@ -833,7 +834,7 @@ class HeldOut:
     """Held-out loss and previews. The pairs and the noise are fixed, so that runs compare.
 
     It has its own random generators, so it does not change training. codec: decodes previews; None
-    on all ranks but 0. scale: the codec's.
+    where there are none, and on all ranks but 0. scale: the codec's.
     """
 
     def __init__(self, val_set, prepare, codec, scale: float, args, precision: str, ranks):

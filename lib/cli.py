@@ -147,6 +147,12 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if "RANK" in os.environ:
+        # Under torchrun the work is done here. A thread that wakes while Python takes itself down
+        # can abort the process (pytorch issue 190489), and torchrun would call the job failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def stop_with(message: str) -> None:

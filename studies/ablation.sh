@@ -31,7 +31,6 @@ STDS=${STDS-100 400}
 LPIPS=${LPIPS:-none}
 SPLIT="--val_fraction 0.125"
 
-# Made under another name first, so that a half-written tree is never taken for the whole one.
 if [ ! -e "$OUT/data" ]; then
     $PYTHON -m tools.shapes --out "$OUT/data" --objects "$OBJECTS"
 fi

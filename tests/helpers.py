@@ -96,6 +96,7 @@ def script(
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",  # names the threads of a process that a library aborts
     }
     with subprocess.Popen(
         [str(word) for word in command],

@@ -400,6 +400,15 @@ def test_resuming_takes_another_precision(small, at4):
     assert newest(at4) == 6
 
 
+def test_a_run_of_another_versions_layers_is_not_resumed(small, at4, monkeypatch):
+    saved, averaged = checkpoints.newest_checkpoint(at4)
+    for tensors in (saved["model"], averaged):
+        tensors["pose_mlp.4.bias"] = torch.zeros(1)
+    monkeypatch.setattr(checkpoints, "newest_checkpoint", lambda out: (saved, averaged))
+    with pytest.raises(InputError, match="--out .*another version of this code .*pose_mlp.4.bias"):
+        training(small / "archive", at4)()
+
+
 def test_a_lock_clears_away_only_what_is_ours(tmp_path):
     for name in (".state.pt.12.tmp", ".tmpAb12cd"):
         (tmp_path / name).touch()

@@ -71,3 +71,16 @@ def test_a_rank_that_waits_for_others_can_be_stopped(tmp_path, number):
     finally:
         process.kill()
         process.stdout.close()
+
+
+def test_a_rank_that_is_done_cannot_fail_while_python_ends():
+    lines = (
+        "import atexit, os",
+        "from lib.cli import run_script",
+        "atexit.register(os.abort)",
+        "run_script(lambda: print('done'))",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    environment = {**os.environ, "RANK": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")

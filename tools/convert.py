@@ -1,10 +1,10 @@
 """Write a trained model in another format, or in half the size.
 
-    python -m tools.convert --ckpt runs/baseline --out zero123.ckpt    # zero123's code, threestudio
+    python -m tools.convert --ckpt runs/zero123 --out zero123.ckpt    # zero123's code, threestudio
     python -m tools.convert --ckpt zero123-xl.ckpt --out folder        # diffusers
     python -m tools.convert --ckpt runs/small --out small.safetensors  # ours, in float16
 
-runs/baseline was trained with --encoder CLIP's and --no-amalgamate. A model that amalgamates
+runs/zero123 was trained with --encoder CLIP's and --no-amalgamate. A model that amalgamates
 features, or takes its pose by an MLP, has no place in those codebases and is refused.
 """
 
