@@ -401,11 +401,19 @@ def model_settings(path: str, args, sampler: dict, model, meta: dict) -> dict:
         "checkpoint": path,
         "step": meta.get("step"),
         "seconds": meta.get("seconds"),
-        "run_args": meta.get("args"),
+        "run_args": writable(meta.get("args")),
+        "pose_encoding": model.pose_encoding,
         "weights_sha256": tensor_hash(model.state_dict()),
         "encoder_sha256": meta["encoder"]["sha256"],
         "codec_sha256": meta["codec"]["sha256"],
     }
+
+
+def writable(flags: dict | None) -> dict | None:
+    """A run's flags for JSON, which has no infinity (--clip inf)."""
+    if flags is None:
+        return None
+    return {flag: str(value) if value == math.inf else value for flag, value in flags.items()}
 
 
 def read_pair_scores(folder: Path, identity: str) -> dict[str, dict]:
@@ -535,6 +543,11 @@ def choose_pairs(path: str, args, meta: dict, val_fraction: float) -> list[dict]
         print(
             f"WARNING: {args.data} has no valid_paths.json, so --split val is not Zero-1-to-3's: "
             f"--ckpt {path} may have been trained on these objects"
+        )
+    if not foreign and args.split == "val" and val_fraction > meta["val_fraction"]:
+        print(
+            f"WARNING: --val_fraction {val_fraction:g}: --ckpt {path} held out "
+            f"{meta['val_fraction']:g}, and may have been trained on the other objects"
         )
     return fixed_pairs(
         args.data,

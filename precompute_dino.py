@@ -237,7 +237,7 @@ class ViewLoader:
 
 
 def stored(value: Tensor, form: str) -> Tensor:
-    """The value as fp16 or fp8, clamped first: a cast to fp8 makes NaN of what is too large."""
+    """Patch features as fp16 or fp8, clamped first: fp8 makes NaN of what is too large."""
     dtype = DTYPES[form]
     limit = torch.finfo(dtype).max
     return value.float().clamp(-limit, limit).to(dtype)
@@ -266,8 +266,8 @@ def encode_views(
         encoded = encode(batch["image"].to(device, non_blocking=True), encoder, codec)
     rows = {}
     for key, value in encoded.items():
-        form = args.patch_dtype if key == "patch" else "fp16"
-        rows[key] = stored(value, form).to("cpu", non_blocking=True)
+        row = stored(value, args.patch_dtype) if key == "patch" else value.half()
+        rows[key] = row.to("cpu", non_blocking=True)
     cover = patch_cover(batch["alpha"], encoder.tokens)
     rows["alpha"] = (255 * cover).round().to(torch.uint8)
     for key in ("pose", "view", "object"):

@@ -243,6 +243,8 @@ def create_vit(name: str, weights, timm_args: dict) -> nn.Module:
     """timm's ViT of this name. Only random weights are initialised here. Raises InputError."""
     import timm  # here, as below: it takes a second or two, also of --help
 
+    if "_clip_" in name and "_ft_" in name:
+        raise InputError(f"--encoder {name}: finetuned to classes; its head is no CLIP embedding")
     args = dict(timm_args)
     if "_clip_" not in name:  # CLIP's head is its projection
         args.setdefault("num_classes", 0)

@@ -168,8 +168,9 @@ def sample_latents(
     sampler: str = "ddim",
     on_step=None,
 ) -> Tensor:
-    """DDIM or DPM-Solver++: target latents (B,C,H,W), scaled as in training, for `decode`.
+    """DDIM or DPM-Solver++: target latents (B,C,H,W), times the codec's scale, for `decode`.
 
+    steps, eta: of DDIM (equation 3). scale: of the guidance (see `guided_prediction`).
     conditions: as NovelViewModel.forward takes them, B rows each. Where there are several, each
     sample draws one at every step. generators: one on the CPU for each sample, so that a sample
     does not depend on its batch. sampler: "ddim", or "dpm", which ignores eta. on_step(i, x0) is
@@ -260,9 +261,9 @@ def camera_moves(azimuth: list[float], elevation: list[float], distance: list[fl
 def move_names(poses: Tensor) -> list[str]:
     """Camera moves (N,4) in words: "90°", "90°, 20° up", "0°, 20° down, 0.3 away"."""
     names = []
-    for polar, turn_sin, turn_cos, away in poses.double():
+    for polar_change, turn_sin, turn_cos, away in poses.double():
         turn = round(math.degrees(math.atan2(turn_sin, turn_cos))) % 360
-        lift = round(-math.degrees(polar))
+        lift = round(-math.degrees(polar_change))
         name = f"{turn}°"
         if lift:
             name += f", {abs(lift)}° {'up' if lift > 0 else 'down'}"
@@ -278,22 +279,23 @@ def move_between(start: Tensor, targets: Tensor) -> Tensor:
     All of them are relative to the same input view. Angles are subtracted through the sine and the
     cosine of a difference.
     """
-    polar, sin, cos, distance = start
+    polar_change, sin, cos, distance = start
     turn_sin = targets[:, 1] * cos - targets[:, 2] * sin
     turn_cos = targets[:, 2] * cos + targets[:, 1] * sin
-    return torch.stack([targets[:, 0] - polar, turn_sin, turn_cos, targets[:, 3] - distance], dim=1)
+    tilt = targets[:, 0] - polar_change
+    return torch.stack([tilt, turn_sin, turn_cos, targets[:, 3] - distance], dim=1)
 
 
-def encode_moves(moves: Tensor, polar: Tensor | float, encoding: str) -> Tensor:
+def encode_moves(moves: Tensor, view_polar: Tensor | float, encoding: str) -> Tensor:
     """Camera moves (N,4) from a view, as a model of this pose encoding takes them.
 
-    polar: the view's own polar angle in radians. See data.relative_pose.
+    view_polar: the view's own polar angle in radians. See data.relative_pose.
     """
     if encoding == "zero123":
         return moves
     assert encoding == "elevation", encoding
-    fourth = torch.as_tensor(polar, dtype=moves.dtype, device=moves.device).expand(len(moves), 1)
-    return torch.cat([moves[:, :3], fourth], dim=1)
+    fourth = torch.as_tensor(view_polar, dtype=moves.dtype, device=moves.device)
+    return torch.cat([moves[:, :3], fourth.expand(len(moves), 1)], dim=1)
 
 
 def sample_views(
@@ -328,8 +330,8 @@ def sample_views(
         targets = poses[first : first + batch_size]
         conditions = []
         for shown, move in seen:
-            polar = math.radians(90 - input_elevation) + move[0]
-            moves = encode_moves(move_between(move, targets), polar, model.pose_encoding)
+            view_polar = math.radians(90 - input_elevation) + move[0]
+            moves = encode_moves(move_between(move, targets), view_polar, model.pose_encoding)
             conditions.append(with_moves(shown, moves))
         generators = [seeded(seed, first + i) for i in range(len(targets))]
         latent = sample_latents(model, conditions, generators, on_step=on_step, **settings)
@@ -361,8 +363,8 @@ def camera_to_world(poses: Tensor, elevation: float, distance: float) -> Tensor:
     World z is up and the cameras look at the origin, x right, y up and z backwards. The input view
     is at azimuth 0, at this elevation in degrees and this distance in scene units.
     """
-    polar, turn_sin, turn_cos, further = poses.double().unbind(dim=1)
-    theta = math.pi / 2 - math.radians(elevation) + polar  # from +z
+    polar_change, turn_sin, turn_cos, further = poses.double().unbind(dim=1)
+    theta = math.pi / 2 - math.radians(elevation) + polar_change  # from +z
     phi = torch.atan2(turn_sin, turn_cos)  # from +x, counter-clockwise
     zero = torch.zeros_like(phi)
     right = torch.stack([-phi.sin(), phi.cos(), zero], dim=1)
@@ -497,21 +499,22 @@ def parse_args() -> argparse.Namespace:
         "--crop",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="frame the object as Zero-1-to-3 does; --no-crop for renders framed as in training",
+        help="frame the object as Zero-1-to-3 does; --no-crop for square renders framed as in "
+        "training (others are set on a white square)",
     )
     group.add_argument(
         "--azimuth",
-        type=cli.finite_float,
+        type=cli.degrees,
         nargs="+",
         default=[0.0],
         help="degrees, counter-clockwise as seen from above",
     )
     group.add_argument(
-        "--elevation", type=cli.finite_float, nargs="+", default=[0.0], help="degrees, upwards"
+        "--elevation", type=cli.degrees, nargs="+", default=[0.0], help="degrees, upwards"
     )
     group.add_argument(
         "--distance",
-        type=cli.finite_float,
+        type=cli.scene_units,
         nargs="+",
         default=[0.0],
         help="change of distance in scene units (training is at 1.5 to 2.2)",
@@ -525,10 +528,9 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         "--input_elevation",
-        type=cli.finite_float,
-        default=0.0,
-        help="degrees by which the photo's camera stood above the object; for transforms.json, and "
-        "for a model of --pose elevation",
+        type=cli.input_degrees,
+        help="degrees by which the photo's camera stood above the object (default: 0); for "
+        "transforms.json, and for a model of --pose elevation",
     )
     group.add_argument(
         "--input_distance",
@@ -613,6 +615,8 @@ def load_photos(paths: list[Path], size: int, crop: bool) -> dict[Path, Tensor]:
 
 def main() -> None:
     args = parse_args()
+    elevation_is_told = args.input_elevation is not None
+    args.input_elevation = args.input_elevation or 0.0
     azimuths = args.azimuth
     if args.orbit:
         azimuths = orbit_azimuths(args.orbit, args.azimuth)
@@ -626,6 +630,11 @@ def main() -> None:
     model, encoder, codec, _ = pretrained.load_checkpoint(
         args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
+    if model.pose_encoding == "elevation" and not elevation_is_told:
+        print(
+            "WARNING: this model is told the photo's elevation, and takes it for 0: give "
+            "--input_elevation DEGREES"
+        )
     for path in images:
         check_writable(Path(args.out, path.stem, "input.png"))
 

@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from lib.distributed import (
     wrap_ddp,
 )
 from lib.files import append, lock, trim_log, write_text
+from lib.formats import is_hub_name
 from lib.images import labelled_grid, save_picture
 from lib.signals import catch_signals, start_workers_unstoppable
 from model import (
@@ -82,14 +84,20 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.init:
         # A run of ours tells its architecture; flags that are given explicitly come first.
-        parser.set_defaults(**architecture_of(args.init))
+        begun = checkpoints.any_checkpoint(Path(args.out))  # --init is not read again then
+        parser.set_defaults(**architecture_of(args.out if begun else args.init))
         args = parser.parse_args()
     check_flags(args)
     return args
 
 
 def architecture_of(source: str) -> dict:
-    """The flags of the model in a run of ours, for --init; {} for other checkpoints."""
+    """The flags of the model in a run of ours, for --init; {} for other checkpoints.
+
+    Raises InputError where there is nothing.
+    """
+    if not Path(source).exists() and not is_hub_name(source):
+        raise InputError(f"--init {source}: no such file or run")
     meta = pretrained.own_meta(source)
     if meta is None:
         return {}
@@ -341,6 +349,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--attention {factor}: stages are downsampled by 1, 2, 4, ...")
     if not -5 * args.t_std < args.t_mean < TIMESTEPS + 5 * args.t_std:
         raise InputError(f"--t_mean {args.t_mean}: must be within 5 --t_std of 0 to {TIMESTEPS}")
+    if args.t_std > 1e6:
+        raise InputError(f"--t_std {args.t_std:g}: at most 1e6, where all timesteps are alike")
     if args.lr_schedule == "cosine" and args.lr < args.lr_min:
         raise InputError(f"--lr {args.lr}: below --lr_min {args.lr_min}; the cosine would rise")
 
@@ -469,10 +479,16 @@ def open_data(args, device: torch.device, precision: str, rank: int = 0):
 
 
 def archived_networks(root: str, manifest: dict) -> dict:
-    """`frozen` of an archive. Its "tensors" are random weights and the PCA, where it has them."""
+    """`frozen` of an archive. Its "tensors" are random weights and the PCA, where it has them.
+
+    Raises InputError where their file is lost: samples of the run could never be drawn.
+    """
     own = Path(root) / "frozen.safetensors"
+    encoder = manifest["encoder"]
+    if (encoder["pca"] or encoder["weights"] in ("random", "saved")) and not own.exists():
+        raise InputError(f"{own}: missing; it holds the image encoder's own weights or its PCA")
     return {
-        "encoder": manifest["encoder"],
+        "encoder": encoder,
         "codec": manifest["codec"],
         "image_size": manifest["image_size"],
         "val_fraction": manifest["val_fraction"],
@@ -549,11 +565,15 @@ def build_model(args, frozen: dict, latent_size: int) -> NovelViewModel:
     return model
 
 
-def load_init(model: NovelViewModel, source: str, encoder: dict) -> None:
-    """Starts from --init's weights. encoder: the spec of the model's encoder. Raises InputError."""
-    pretrained.check_init(model, source, encoder)
-    weights = pretrained.read_weights(source, ("unet", "cc_projection"))
-    pretrained.load_pretrained(model, weights, f"init {source}")
+def load_init(model: NovelViewModel, source: str, encoder: dict, rank: int) -> None:
+    """Starts from --init's weights; rank 0 says what it found. Raises InputError.
+
+    encoder: the spec of the model's encoder.
+    """
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
+        pretrained.check_init(model, source, encoder)
+        weights = pretrained.read_weights(source, ("unet", "cc_projection"))
+        pretrained.load_pretrained(model, weights, f"init {source}")
 
 
 def check_memory(model: NovelViewModel, device: torch.device) -> None:
@@ -615,6 +635,15 @@ def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
         backoff_factor=1 - 2**-30,  # it may not be 1; the scale, in float32, is not changed by it
         growth_interval=2**31 - 1,
     )
+
+
+def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
+    """Scales the gradients so that their norm is at most the limit; returns what it was.
+
+    A norm that overflows makes the gradients zero. By an infinite limit it would make them NaN.
+    """
+    largest = torch.finfo(torch.float32).max
+    return nn.utils.clip_grad_norm_(parameters, min(limit, largest))
 
 
 # ----------------------------------------------------------------------------------------- resume
@@ -680,6 +709,8 @@ def resume(out: Path, args, facts: dict, rank: int, model, ema, optimizer, scale
     )
     now = {**facts, "accumulate": accumulate}
     changes = checkpoints.compare_flags(args.out, now, saved["args"])
+    if args.accumulate not in (accumulate, saved["args"]["accumulate"]):
+        changes.append(f"accumulate: not {args.accumulate}; {accumulate} keeps the global batch")
     if changes and rank == 0:
         print("resuming with what differs from the checkpoint:", *changes, sep="\n  ")
     with pretrained.naming(f"--out {out}: its weights are of another version of this code"):
@@ -862,7 +893,7 @@ class HeldOut:
         """The sums (networks, BINS) of the losses of the pairs at these positions."""
         mean, _, condition = self.prepare(self.val_set[positions])
         x0 = self.scale * mean
-        keep = None
+        keep = None  # of context and latent: all
         if self.args.unconditional:
             keep = torch.zeros(len(positions), dtype=torch.bool, device=device)
         generators = [data.seeded(0, position) for position in positions]
@@ -887,7 +918,7 @@ class HeldOut:
         latents = sample.sample_latents(
             network, [condition], generators, scale=guidance, precision=self.precision
         )  # the EMA model, which is not compiled
-        codec = self.codec.to(mean.device)
+        codec = self.codec.to(mean.device)  # where it stays from the first preview on
         columns = [
             sample.decode(self.scale * condition["latent"], codec),
             sample.decode(self.scale * mean, codec),
@@ -944,7 +975,7 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
     latent_shape = example_mean.shape[1:]
     model = build_model(args, frozen, latent_shape[-1])
     if args.init and not checkpoints.any_checkpoint(out):
-        load_init(model, args.init, frozen["encoder"])
+        load_init(model, args.init, frozen["encoder"], rank)
     model.to(device, memory_format=torch.channels_last)
     check_memory(model, device)
     match_gradient_layout(model)
@@ -978,6 +1009,8 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         f"steps {state.step} to {args.steps}",
         *notes_on_flags(args),
     )
+    if len(val_set) == 0 and (args.val_every or args.preview_every):
+        log.say("no object is held out: there will be no held-out loss and no preview")
 
     first_step = state.step
     while True:
@@ -1012,17 +1045,19 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
             mean, logvar, condition = prepare(next(batches))
             x0 = scale * (mean + (0.5 * logvar).exp() * posterior_noise)
             t = sample_timesteps(u_t, args.t_sampling, args.t_mean, args.t_std)
-            keep = condition_dropout(u_drop, args.cond_dropout)
+            keep_context, keep_latent = condition_dropout(u_drop, args.cond_dropout)
             if args.unconditional:
-                keep = torch.zeros_like(keep[0]), torch.zeros_like(keep[1])
+                keep_context = keep_latent = torch.zeros_like(keep_context)
             # DDP then sums gradients over ranks in the last micro-batch only; others ignore it.
             wrapped.require_backward_grad_sync = micro == state.accumulate - 1
             with autocast(device, precision):
-                losses = training_losses(wrapped, x0, t, noise, condition, *keep)
+                losses = training_losses(
+                    wrapped, x0, t, noise, condition, keep_context, keep_latent
+                )
             scaler.scale(losses.mean() / state.accumulate).backward()
             state.losses += losses_by_timestep(losses.detach(), t)
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip)
+        grad_norm = clip_gradients(trained, args.clip)
         scaler.step(optimizer)  # updates nothing where a gradient is not finite
         scaler.update()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients are views of its buckets

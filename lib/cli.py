@@ -105,6 +105,19 @@ def finite_float(text: str) -> float:
     return _number(text, float, math.isfinite, "finite")
 
 
+def degrees(text: str) -> float:
+    """Ten turns at most: the sine of 1e300 degrees is noise."""
+    return _number(text, float, lambda x: abs(x) <= 3600, "between -3600 and 3600")
+
+
+def input_degrees(text: str) -> float:
+    return _number(text, float, lambda x: abs(x) <= 90, "between -90 and 90")
+
+
+def scene_units(text: str) -> float:
+    return _number(text, float, lambda x: abs(x) <= 1000, "between -1000 and 1000")
+
+
 def positive_float(text: str) -> float:
     """Above 0, and possibly infinite: `--clip inf`."""
     return _number(text, float, lambda x: x > 0, "above 0")
@@ -170,8 +183,8 @@ def explain(error: Exception) -> str | None:
     if out_of_memory(error):
         tried = text.split(" GPU ")[0].rstrip(". ")  # what follows is a paragraph of advice
         return (
-            f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate), "
-            "or --checkpointing"
+            f"{tried}; a smaller --batch_size takes less (train.py: with more --accumulate, or "
+            "--checkpointing)"
         )
     full = (
         "shared memory object",

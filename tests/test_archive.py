@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -307,7 +308,7 @@ def test_nothing_sound_is_no_archive(tree, tmp_path):
         call(precompute_dino, "--data", root, "--archive", tmp_path / "a", *ARCHIVE, "--skip_bad")
 
 
-def test_what_is_not_finite_is_not_archived(tree, tmp_path):
+def test_what_is_not_finite_is_not_archived(tree, tmp_path, monkeypatch):
     """Weights can be finite and overflow in what they compute, above all in fp16."""
     torch.manual_seed(0)
     tensors = AutoencoderKL(32, (1, 1), 1).state_dict()
@@ -316,7 +317,19 @@ def test_what_is_not_finite_is_not_archived(tree, tmp_path):
     flags = ["--data", tree, "--archive", tmp_path / "a", *ARCHIVE]
     with pytest.raises(InputError, match="latent_mean of views 0 to .* NaN or infinity"):
         call(precompute_dino, *flags, "--codec", "sd", "--vae", tmp_path / "vae.ckpt")
-    assert not list((tmp_path / "a").glob("0*.safetensors"))
+    infinite = {"latent_mean": torch.full((4, 48, 8, 8), math.inf), "cls": torch.ones(4, 3)}
+    monkeypatch.setattr(precompute_dino, "encode", lambda *_: infinite)
+    with pytest.raises(InputError, match="latent_mean of views 0 to .* NaN or infinity"):
+        call(precompute_dino, *flags, "--archive", tmp_path / "b", "--batch_size", 4)
+    assert not list(tmp_path.glob("?/0*.safetensors"))
+
+
+def test_an_archive_without_its_encoder_is_not_trained_on(archive, tmp_path):
+    """Samples of such a run could never be drawn."""
+    copy = Path(shutil.copytree(archive, tmp_path / "archive"))
+    (copy / "frozen.safetensors").unlink()
+    with pytest.raises(InputError, match="frozen.safetensors: missing"):
+        call(train, "--archive", copy, "--out", tmp_path / "run", *TRAIN)
 
 
 def test_odd_poses_are_noted_and_archived(tree, tmp_path, capsys):

@@ -411,6 +411,29 @@ def test_seed_eta_scale_and_steps_change_the_samples(run, tree, tmp_path):
     assert len(read(out)) == 5 + 3
 
 
+def test_more_objects_than_the_run_held_out_are_warned_of(run, tree, tmp_path, capsys):
+    score(run, tree, tmp_path / "e", "--val_fraction", 0.5, "--pairs", 2)
+    assert "WARNING: --val_fraction 0.5" in capsys.readouterr().out
+    score(run, tree, tmp_path / "f", "--val_fraction", 0.25, "--pairs", 2)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_settings_of_a_row_tell_pose_encodings_apart():
+    """A foreign checkpoint has the same weights with both, and --clip inf must stay JSON."""
+    args = argparse.Namespace(seed=0, samples=1)
+    meta = {"encoder": {"sha256": "a"}, "codec": {"sha256": "b"}, "args": {"clip": math.inf}}
+    settings = []
+    for encoding in ("zero123", "elevation"):
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.ones_(model.bias)
+        model.pose_encoding = encoding
+        settings.append(evaluate.model_settings("x.ckpt", args, {}, model, meta))
+    assert settings[0] != settings[1]
+    assert settings[0]["weights_sha256"] == settings[1]["weights_sha256"]
+    assert json.loads(json.dumps(settings[0], allow_nan=False))["run_args"] == {"clip": "inf"}
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [

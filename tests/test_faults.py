@@ -379,6 +379,8 @@ def test_what_can_change_within_a_run_is_listed(small, at4, capfd):
     assert "weight_decay: 0.01 -> 5" in printed
     assert "accumulate: 2 -> 1, which keeps the global batch" in printed
     assert "not read: the checkpoint's weights go on" in printed
+    training(small / "archive", at4, *flags, "--accumulate", 3)()
+    assert "accumulate: not 3; 1 keeps the global batch" in capfd.readouterr().out
     assert load_state(at4, 10)["optimizer"]["param_groups"][0]["weight_decay"] == 5
 
     def size(run):

@@ -202,6 +202,33 @@ def test_cameras_beyond_the_object_are_refused(tmp_path, flags, words):
         call(sample, "--ckpt", "x", "--image", tmp_path / "x.png", *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--azimuth", "1e300"],
+        ["--elevation", "1e300"],
+        ["--distance", "1e300"],
+        ["--input_elevation", "91"],
+    ],
+)
+def test_absurd_cameras_are_refused(flags):
+    with pytest.raises(InputError, match=f"{flags[0]} {flags[1]}: must be between"):
+        call(sample, "--ckpt", "x", "--image", "x.png", *flags)
+
+
+@pytest.mark.parametrize(("flags", "warnings"), [([], 1), (["--input_elevation", 0], 0)])
+def test_a_model_that_wants_the_elevation_asks_for_it(
+    run, tree, tmp_path, monkeypatch, capsys, flags, warnings
+):
+    (tmp_path / "000").touch()  # so that it stops before it samples
+    opened = types.SimpleNamespace(pose_encoding="elevation"), None, None, {}
+    monkeypatch.setattr(pretrained, "load_checkpoint", lambda *_: opened)
+    photo = tree / "00011" / "000.png"
+    with pytest.raises(InputError, match="could not be written"):
+        call(sample, "--ckpt", run, "--image", photo, "--out", tmp_path, "--device=cpu", *flags)
+    assert capsys.readouterr().out.count("WARNING: this model is told the photo's") == warnings
+
+
 def test_cameras_beyond_the_pole_are_noted(tmp_path, capsys):
     flags = ["--input_elevation", 60, "--elevation", 30, 31]
     with pytest.raises(InputError, match=r"x.png: no such file"):

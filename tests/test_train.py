@@ -1,5 +1,6 @@
 """train.py: what must hold of training. The scripts run for real, on a tiny tree of shapes."""
 
+import math
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -307,6 +308,34 @@ def test_init_from_a_run_of_ours_brings_its_architecture(run):
     assert args.steps == 30_000
 
 
+def test_a_run_needs_its_init_only_to_begin(run, archive, tmp_path):
+    """Then its own checkpoint tells the architecture, which these flags leave to --init."""
+    base = Path(shutil.copytree(run, tmp_path / "base"))
+    flags = ["--archive", archive, "--init", base, "--out", tmp_path / "run", "--batch_size", 2]
+    flags += ["--device", "cpu", "--workers", 0, "--val_every", 0, "--preview_every", 0]
+    call(train, *flags, "--steps", 1)
+    shutil.rmtree(base)
+    call(train, *flags, "--steps", 2)
+    assert (tmp_path / "run" / "step_0000002").is_dir()
+
+
+def test_no_held_out_object_is_noted(tree, tmp_path, capsys):
+    flags = ["--online", "--data", tree, *FROZEN, "--val_fraction", 0, *TRAIN, "--steps", 1]
+    call(train, *flags, "--out", tmp_path / "run")
+    assert "no object is held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [1.0, math.inf])
+def test_a_gradient_whose_norm_overflows_leaves_no_nan(limit):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.full((4,), 1e20)
+    assert train.clip_gradients([parameter], limit).isinf()
+    assert parameter.grad.isfinite().all()
+    parameter.grad = torch.full((4,), 10.0)
+    assert train.clip_gradients([parameter], limit) == 20
+    assert parameter.grad.norm().item() == pytest.approx(min(limit, 20))
+
+
 def test_notes_for_newcomers(archive, tmp_path, capsys):
     flags = ["--archive", archive, "--out", tmp_path / "run", *TRAIN, "--steps", 1]
     call(train, *flags, "--prediction", "eps", "--val_every", 0)
@@ -400,6 +429,7 @@ def test_a_held_out_image_that_cannot_be_read_stops_the_run_before_training(tree
         ("--archive ARCHIVE --ema 2", "--ema 2: must be from 0 to 1"),
         ("--archive ARCHIVE --cond_dropout 0.4", "--cond_dropout 0.4: at most 1/3"),
         ("--archive ARCHIVE --t_std inf", "--t_std inf"),
+        ("--archive ARCHIVE --t_std 1e7", "--t_std 1e.07: at most 1e6"),
         ("--archive ARCHIVE --t_mean 3000 --t_std 100", "--t_mean 3000"),
         ("--archive ARCHIVE --seed 9223372036854775808", "--seed 9223372036854775808"),
         ("--archive ARCHIVE --attention 1 3", "--attention 3: stages are downsampled by 1, 2, 4"),
@@ -408,7 +438,7 @@ def test_a_held_out_image_that_cannot_be_read_stops_the_run_before_training(tree
         ("--archive ARCHIVE --width 48", "--width.*multiple of 32"),
         ("--archive ARCHIVE --device meta", "--device meta"),
         ("--archive ARCHIVE --device cuda:99", "--device cuda:99"),
-        ("--archive ARCHIVE --init TREE/none", "none"),
+        ("--archive ARCHIVE --init TREE/none", "--init .*none: no such file or run"),
         ("--online --data TREE VIT --codec pixels --image_size 32 --layers", "--no-amalgamate"),
         ("--online --data TREE VIT --codec pixels --image_size 32 --val_fraction 1", "no training"),
     ],
