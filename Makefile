@@ -39,7 +39,7 @@ gpu: $(VENV)/test
 test: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
 $(VENV)/demo: requirements.txt
 	python3 -m venv $(VENV)

@@ -485,7 +485,8 @@ def archived_networks(root: str, manifest: dict) -> dict:
     """
     own = Path(root) / "frozen.safetensors"
     encoder = manifest["encoder"]
-    if (encoder["pca"] or encoder["weights"] in ("random", "saved")) and not own.exists():
+    its_own = encoder.get("pca") or encoder["weights"] in ("random", "saved")
+    if its_own and not own.exists():
         raise InputError(f"{own}: missing; it holds the image encoder's own weights or its PCA")
     return {
         "encoder": encoder,

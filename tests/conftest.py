@@ -1,11 +1,13 @@
 """A small tree of shapes, its archive and runs on it, made once by the real scripts."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import FROZEN, TRAIN, archiving, call, run_child, stop_in_step_3, training
+from tqdm import tqdm
 
 import data
 import precompute_dino
@@ -13,6 +15,11 @@ import train
 from tools import shapes
 
 torch.set_num_threads(1)  # the sizes here gain nothing from more
+
+# Before any bar is drawn: a bar's class then makes no lock of processes, which a child that is
+# killed would hold for ever, and no thread holds the lock while a test forks.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")

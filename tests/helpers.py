@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,8 @@ from lib.cli import run_script
 from model import UNet
 
 ROOT = Path(__file__).parents[1]
+# Without a look at the machine's name, which some cannot resolve.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
 LONG = bool(os.environ.get("LONG"))  # LONG=1: many more kills and mutated files
 
 # Small settings for precompute_dino.py and train.py. VIT: the image encoder's flags alone.
@@ -57,6 +60,12 @@ TINY_TRAIN = [
 # ------------------------------------------------------------------------------------- run scripts
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def set_arguments(module, argv) -> list[str]:
     """Makes these the arguments of the command line; returns the arguments of before."""
     before = sys.argv
@@ -83,12 +92,12 @@ def parse(module, *argv) -> argparse.Namespace:
 
 
 def script(
-    name: str, *argv, nproc: int = 0, check: bool = True, timeout: int = 150
+    name: str, *argv, nproc: int = 0, check: bool = True, timeout: int = 400
 ) -> subprocess.CompletedProcess:
     """Runs a script as a user does; nproc: under torchrun, in so many processes."""
     command = [sys.executable]
     if nproc:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        command += [*TORCHRUN, f"--nproc_per_node={nproc}"]
     command += ["-m", name] if "." in name else [ROOT / f"{name}.py"]
     command += argv
     environment = {
@@ -96,6 +105,7 @@ def script(
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONFAULTHANDLER": "1",  # names the threads of a process that a library aborts
     }
     with subprocess.Popen(
@@ -132,7 +142,7 @@ def fork(work: Callable, log: Path, setup: Callable | None = None) -> int:
         return pid
     code = 1
     try:
-        # tqdm's own lock is shared by processes, and a child that is killed may hold it.
+        # Another thread of the parent may have held the lock as it forked. See conftest.py, too.
         tqdm.set_lock(threading.RLock())
         output = open(log, "w", buffering=1)  # noqa: SIM115 (open until the child ends)
         sys.stdout = output
@@ -152,7 +162,7 @@ def fork(work: Callable, log: Path, setup: Callable | None = None) -> int:
         os._exit(code)
 
 
-def wait(pid: int, seconds: float = 90) -> int | None:
+def wait(pid: int, seconds: float = 400) -> int | None:
     """The child's exit code, or minus the signal that ended it; None if it runs for longer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -336,7 +346,7 @@ def output_and_gradients(unet: UNet, inputs: tuple) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_equal(a: dict, b: dict, tolerance: float = 1e-5) -> None:
+def assert_equal(a: dict, b: dict, tolerance: float = 3e-5) -> None:
     """Each tensor of `a` is within this share of the norm of b's.
 
     Gradients that are zero up to rounding are compared with a thousandth of the largest norm.

@@ -376,7 +376,8 @@ def test_a_refused_archive_is_retried_with_other_flags(tree, tmp_path, monkeypat
     ],
 )
 def test_what_cannot_be_archived_is_named(tree, tmp_path, monkeypatch, flags, named):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=named) as error:
         call(precompute_dino, "--data", tree, "--archive", tmp_path / "a", *flags)
     assert "\n" not in str(error.value)

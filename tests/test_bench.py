@@ -310,7 +310,7 @@ def test_triton_kernels_change_nothing_but_rounding():
     pytest.importorskip("triton", reason="comes with PyTorch for GPUs")
     code = "import test_bench; test_bench.check_variant('Triton GroupNorm')"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     if "wrap_triton only works on" in done.stderr:
         pytest.skip("torch 2.6 does not take interpreted kernels")

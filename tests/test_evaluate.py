@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import socket
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import call
+from helpers import call, free_port
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
@@ -228,7 +227,7 @@ def test_a_foreign_checkpoints_split_needs_the_list_of_objects(tree, tmp_path, c
     held_out = argparse.Namespace(**flags, split="val")
     everything = argparse.Namespace(**flags, split="all")
     foreign = {"image_size": 256}
-    ours = {"image_size": 256, "args": {}}
+    ours = {"image_size": 256, "args": {}, "val_fraction": 0.25}
 
     def warned(args, meta) -> bool:
         evaluate.choose_pairs("zero123-xl.ckpt", args, meta, 0.25)
@@ -351,23 +350,26 @@ def as_rank(rank: int, port: int, argv) -> None:
     os.environ["WORLD_SIZE"] = "2"
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ["MASTER_PORT"] = str(port)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     call(evaluate, *argv)
 
 
 def test_batches_and_processes_change_only_rounding(scored, run, tree, tmp_path):
     flags = ["--ckpt", run, "--data", tree, *FLAGS, "--shuffled", "--samples", 2]
     call(evaluate, *flags, "--batch_size", 2, "--out", tmp_path / "a")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv = (*flags, "--batch_size", 3, "--out", tmp_path / "b")
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=as_rank, args=(rank, port, argv)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        assert process.exitcode == 0
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(400)
+        assert [process.exitcode for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
     assert len(list((tmp_path / "b.pairs").glob("*.1"))) == len(ROWS)
     expected = by_row(scored)
     for other in (by_row(tmp_path / "a"), by_row(tmp_path / "b")):

@@ -21,10 +21,12 @@ from helpers import (
     LONG,
     ROOT,
     TINY_TRAIN,
+    TORCHRUN,
     archiving,
     assert_same_run,
     at_step,
     fork,
+    free_port,
     load_state,
     log_lines,
     logged,
@@ -103,13 +105,10 @@ def assert_finished_alike(*runs: Path) -> None:
     for run in runs:
         assert_same_run(runs[0], run, step=10)
         assert (run / "latest").read_text() == "step_0000010"
-        assert {path.name for path in run.iterdir()} == {
-            "lock",
-            "latest",
-            "log.jsonl",
-            "step_0000008",
-            "step_0000010",
-        }
+        left = {path.name for path in run.iterdir()}
+        # A kill right after the last save leaves the checkpoint that it would have removed.
+        left.discard("step_0000006")
+        assert left == {"lock", "latest", "log.jsonl", "step_0000008", "step_0000010"}
 
 
 # ------------------------------------------------------------------------------------------- kills
@@ -450,11 +449,13 @@ def test_a_signal_to_all_processes_of_a_job_lets_the_compiler_end(small, at4, tm
 
         kernel = AsyncCompile.process_pool().submit(time.sleep, 1)
         os.killpg(0, signal.SIGTERM)
-        kernel.result(60)
+        kernel.result(400)
 
     def setup():
         os.setsid()
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 2  # its variable was read as it was imported
         torch.nn.Module.compile = lambda self, **options: None  # it takes minutes of a CPU
         at_step(4, signal_while_compiling)
 
@@ -501,7 +502,7 @@ def test_whatever_ends_training_its_workers_end_too(archive, tmp_path, error):
         run_script(train.main)"""
     flags = ["--archive", archive, "--out", tmp_path / "run", *TINY_TRAIN, "--workers", 2]
     command = [sys.executable, "-c", code, *(str(flag) for flag in flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == (error != "InputError"), done.stderr
 
@@ -526,7 +527,7 @@ def run_two_ranks(work, logs: Path, act) -> list[int | None]:
 
     Each calls act(rank) first.
     """
-    port = random.randrange(20000, 40000)
+    port = free_port()
     pids = []
     for rank in (0, 1):
 
@@ -536,6 +537,7 @@ def run_two_ranks(work, logs: Path, act) -> list[int | None]:
             os.environ["WORLD_SIZE"] = "2"
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             os.environ["MASTER_PORT"] = str(port)
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
             act(rank)
 
         pids.append(fork(work, logs / f"log{rank}", setup))
@@ -605,8 +607,7 @@ class Torchrun:
         self.out = out
         flags = [*TINY_TRAIN, "--batch_size", 2, "--steps", 100_000, "--workers", 1]
         flags += ["--val_every", 0, "--save_every", 10]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node=2", ROOT / "train.py"]
+        command = [sys.executable, *TORCHRUN, "--nproc_per_node=2", ROOT / "train.py"]
         if "--shutdown-timeout" in get_args_parser().format_help():  # not in torch 2.6
             command.insert(-1, "--shutdown-timeout=60")
         command += ["--archive", archive, "--out", out, *flags]
@@ -615,7 +616,7 @@ class Torchrun:
                 [str(word) for word in command],
                 stdout=printed,
                 stderr=printed,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             )
 
     def __enter__(self) -> "Torchrun":
@@ -623,14 +624,17 @@ class Torchrun:
 
     def __exit__(self, *error) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            self.process.wait(200)
+        finally:
+            self.process.kill()
 
     def printed(self) -> str:
         return (self.out / "printed").read_text()
 
     def wait_for_lines(self, count: int) -> None:
         """Returns once the log has so many lines."""
-        end = time.monotonic() + 100
+        end = time.monotonic() + 400
         while not (self.out / "log.jsonl").exists() or len(log_lines(self.out)) < count:
             assert self.process.poll() is None, self.printed()[-3000:]
             assert time.monotonic() < end, self.printed()[-3000:]
@@ -645,7 +649,7 @@ def test_torchrun_passes_the_signal_on(archive, tmp_path):
         if LONG:  # a rank is killed, and the job started again below
             children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children")
             os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-            assert job.process.wait(60) != 0
+            assert job.process.wait(200) != 0
             assert newest(tmp_path) >= 10
     if LONG:
         with Torchrun(archive, tmp_path) as job:
@@ -682,14 +686,14 @@ def disk(tmp_path):
             os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left))
         return None
 
-    yield folder, fill
+    yield folder, fill, mounted
     if mounted:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.slow
 def test_disk_full_while_training(small, tmp_path, disk):
-    folder, fill = disk
+    folder, fill, _ = disk
     run = Path(shutil.copytree(small / "at4", folder / "run"))
     work = training(small / "archive", run)
     size = sum(path.stat().st_size for path in (run / "step_0000004").iterdir())
@@ -704,14 +708,15 @@ def test_disk_full_while_training(small, tmp_path, disk):
 
 
 def test_disk_full_while_archiving(small, tree, tmp_path, disk, monkeypatch):
-    folder, fill = disk
+    folder, fill, mounted = disk
     monkeypatch.setattr(precompute_dino, "check_space", lambda *_: 0)  # it would refuse beforehand
     archive = Path(shutil.copytree(small / "archive", folder / "a"))
     for shard in (1, 3, 4, 5):
         archives.shard_path(archive, shard).unlink()
     work = archiving(tree, archive)
     size = archives.shard_path(small / "archive", 0).stat().st_size
-    for left in (0, size // 2, 3 * size // 2):
+    # Without a disk of its own each file is limited, not their sum.
+    for left in (0, size // 2, 3 * size // 2) if mounted else (0, size // 2):
         assert run_child(work, tmp_path / "log", setup=fill(left)) == 1
         assert_one_error(tmp_path / "log", ".safetensors: could not be written")
         (folder / "filler").unlink(missing_ok=True)

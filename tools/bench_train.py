@@ -132,7 +132,7 @@ def write_random_archive(folder: str, size: Size, recipe: str) -> None:
     channels = {"latents": 0, "fp8+pca": size.pca}.get(recipe, len(size.layers) * size.cls)
     encoder = {
         "name": "random",
-        "weights": "random",
+        "weights": "made up",
         "layers": list(size.layers),
         "image_size": size.vit_size,
         "sha256": "",
