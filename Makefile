@@ -24,7 +24,7 @@ demo: $(VENV)/demo
 		--grid $(DEMO)/samples.png --out $(DEMO)/eval.jsonl
 	$(PYTHON) visualize.py curves $(DEMO) --out $(DEMO)/loss
 	@echo "This was no DINOv2, no VAE and not the paper's timesteps: a small model from scratch."
-	@echo "Ten minutes teach it colours and outlines. The weights that ship took two hours on one core."
+	@echo "Ten minutes teach it colours and outlines. The weights that ship took 2.4 hours on one core."
 	@echo "look at: $(DEMO)/shipped/car/orbit.gif $(DEMO)/orbit.gif $(DEMO)/samples.png $(DEMO)/loss.png"
 
 # Table 1's and figure 6's ablations at a size that a CPU can take; the script says how to make them larger.

@@ -196,8 +196,6 @@ def make_pose_mlp(emb_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(POSE_FEATURES, emb_dim),
         nn.SiLU(),
-        nn.Linear(emb_dim, emb_dim),
-        nn.SiLU(),
         zero_init(nn.Linear(emb_dim, emb_dim)),
     )
 
@@ -261,8 +259,8 @@ class GroupNorm(nn.GroupNorm):
 
     On a GPU PyTorch's own returns NCHW memory, so the next convolution has to copy. A compiled
     prototype of this one raised training on an H100 from 664 to 681 samples/s. On a CPU PyTorch's
-    loses precision in channels-last memory: at mean / std 10 its error is 1.2e-4, and this one's
-    is 1.6e-6 (docs/performance.md).
+    loses precision in channels-last memory: at mean / std 10 its error is 3.0e-4, and this one's
+    is 1.4e-6 (docs/performance.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -610,7 +608,7 @@ class UNet(nn.Module):
 
 
 class NovelViewModel(nn.Module):
-    """eps_theta(x_t; t; C(x_hat, R, T)) of equation 2: conditions in, the network's prediction out.
+    """eps_theta(x_t; t; C(x_hat, R, T)) of equations 2 and 4: conditions in, a prediction out.
 
     Args:
         cls_dim: width of the image encoder's [CLS] token (DINOv2 ViT-L/14: 1024; CLIP: 768).

@@ -3,8 +3,8 @@
     python -m studies.pose_mlp no_sines train.py @presets/small.txt --archive A --out runs/no_sines
     python -m studies.pose_mlp no_sines evaluate.py --ckpt runs/no_sines --data DIR
 
-studies/poses.sh runs all variants. A run of a variant is loaded by this script only: its checkpoint
-does not say what it is.
+studies/poses.sh runs those that its VARIANTS names. A run of a variant is loaded by this script
+only: its checkpoint does not say what it is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from model import NovelViewModel, without_autocast, zero_init
 
 
 def as_it_is() -> None:
-    """Three layers, sines and cosines of 1, 2, 4, 8 times the numbers, beside the context token."""
+    """One hidden layer, sines and cosines of 1, 2, 4, 8 times the numbers, the context token."""
 
 
 def no_sines() -> None:
@@ -34,14 +34,17 @@ def one_frequency() -> None:
     use_frequencies(1)
 
 
-def two_layers() -> None:
-    """One hidden layer instead of two."""
+def two_hidden_layers() -> None:
     model.make_pose_mlp = lambda width: nn.Sequential(
-        nn.Linear(model.POSE_FEATURES, width), nn.SiLU(), zero_init(nn.Linear(width, width))
+        nn.Linear(model.POSE_FEATURES, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        zero_init(nn.Linear(width, width)),
     )
 
 
-def one_layer() -> None:
+def no_hidden_layer() -> None:
     """A linear map of the features."""
     model.make_pose_mlp = lambda width: nn.Sequential(
         zero_init(nn.Linear(model.POSE_FEATURES, width))
@@ -51,7 +54,7 @@ def one_layer() -> None:
 def linear() -> None:
     """A linear map of the four numbers alone."""
     use_frequencies()
-    one_layer()
+    no_hidden_layer()
 
 
 def no_token() -> None:
@@ -98,8 +101,8 @@ VARIANTS = {
         as_it_is,
         no_sines,
         one_frequency,
-        two_layers,
-        one_layer,
+        two_hidden_layers,
+        no_hidden_layer,
         linear,
         no_token,
         absolute,

@@ -4,6 +4,7 @@ Round trips through diffusers are in test_pretrained.py.
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,8 @@ def test_half_the_size_gives_nearly_the_same_model(run, tmp_path):
     model, encoder, _, meta = pretrained.load_checkpoint(str(out))
     exact, exact_encoder, _, exact_meta = pretrained.load_checkpoint(str(run))
     assert meta["step"] == exact_meta["step"]
+    assert Path(exact_meta["args"]["archive"]).is_absolute()
+    assert (meta["args"]["archive"], meta["args"]["out"]) == ("archive", "run")
     for name, value in exact.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, atol=1e-3, rtol=1e-3)
     image = torch.rand(1, 3, 32, 32) * 2 - 1

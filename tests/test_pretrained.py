@@ -42,7 +42,7 @@ from lib import checkpoints, formats
 from lib.autoencoder import AutoencoderKL, load_autoencoder
 from lib.cli import InputError
 from lib.formats import PREFIX, to_ldm, unet_names, vae_names
-from model import NovelViewModel, UNet
+from model import NovelViewModel, UNet, make_pose_mlp
 from pretrained import ImageEncoder, SpaceToDepth
 from tools import convert
 
@@ -482,6 +482,7 @@ def test_dinov2_with_registers_equals_transformers(tmp_path):
     [
         (("no_such_model",), "--encoder no_such_model"),
         (("resnet18",), "--encoder resnet18"),
+        (("vit_base_patch16_clip_224.openai_ft_in1k",), "_ft_in1k: finetuned to classes"),
         (("vit_tiny_patch16_224", "random", (5, 12)), "0 to 11"),
         (("vit_tiny_patch16_224", "random", (5,), 100), "--encoder_size 100"),
         (("vit_tiny_patch16_224", "other.safetensors", (5,)), "no vit_tiny_patch16_224 in it"),
@@ -863,6 +864,28 @@ def test_a_run_with_a_pose_mlp_is_a_beginning_for_another(tmp_path):
     weights = pretrained.read_weights(tmp_path, ("unet", "cc_projection"))
     pretrained.load_pretrained(ours, weights)
     assert same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("theirs_has_more", [False, True])
+def test_a_pose_mlp_of_other_layers_is_refused(tmp_path, monkeypatch, theirs_has_more):
+    """One layer would be taken for another of its shape: an earlier version had one more."""
+
+    def deeper(width: int) -> torch.nn.Sequential:
+        first, act, last = make_pose_mlp(width)
+        return torch.nn.Sequential(first, act, torch.nn.Linear(width, width), act, last)
+
+    ours = NovelViewModel(cls_dim=12, pose_embedding="mlp", **SMALL_UNET)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.make_pose_mlp", deeper)
+        theirs = NovelViewModel(cls_dim=12, pose_embedding="mlp", **SMALL_UNET)
+    if not theirs_has_more:
+        ours, theirs = theirs, ours
+    checkpoints.save_model(tmp_path / "model.safetensors", randomize(theirs), {"step": 1}, {})
+    before = copy.deepcopy(ours.state_dict())
+    weights = pretrained.read_weights(tmp_path, ("unet", "cc_projection"))
+    with pytest.raises(InputError, match="--init: its pose MLP has other layers .*pose_mlp.4"):
+        pretrained.load_pretrained(ours, weights)
+    assert same(ours.state_dict(), before)
 
 
 def test_init_refuses_an_uncovered_unet_and_changes_nothing():

@@ -185,14 +185,14 @@ def test_the_ablation_table_averages_over_seeds(tmp_path, capsys):
 @pytest.mark.parametrize(
     "variant, layers, inputs",
     [
-        ("as_it_is", 3, 36),
-        ("no_sines", 3, 4),
-        ("one_frequency", 3, 12),
-        ("two_layers", 2, 36),
-        ("one_layer", 1, 36),
+        ("as_it_is", 2, 36),
+        ("no_sines", 2, 4),
+        ("one_frequency", 2, 12),
+        ("two_hidden_layers", 3, 36),
+        ("no_hidden_layer", 1, 36),
         ("linear", 1, 4),
-        ("no_token", 3, 36),
-        ("absolute", 3, 54),
+        ("no_token", 2, 36),
+        ("absolute", 2, 54),
     ],
 )
 def test_variants_of_the_pose_mlp(monkeypatch, variant, layers, inputs):

@@ -218,6 +218,7 @@ def write_model(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
 def write_half(path: Path, ckpt: str) -> None:
     """A checkpoint of ours with its weights in float16, to publish: training can't resume from it.
 
+    Of the folders that training was given it keeps the last name, not where they lie on this disk.
     Raises InputError where --ckpt is not ours.
     """
     file = find_weights(ckpt)
@@ -227,6 +228,9 @@ def write_half(path: Path, ckpt: str) -> None:
     meta, tensors = found
     half = {name: tensor.half() for name, tensor in tensors.items()}
     del meta["sha256"]
+    for flag in ("archive", "data", "init", "out", "vae"):
+        folder = meta["args"].get(flag)
+        meta["args"][flag] = folder and Path(folder).name
     own_weights, pca = pretrained.split_own({name: value.float() for name, value in half.items()})
     if own_weights or pca:  # its encoder's own weights are rounded, too
         spec = meta["encoder"]
