@@ -153,6 +153,7 @@ def fixed_pairs(
     protocol: str,
     count: int | None = None,
     trained_on: str | None = None,
+    held_out: float | None = None,
     objects: int | None = None,
     views: int | None = None,
 ) -> list[dict]:
@@ -161,8 +162,8 @@ def fixed_pairs(
     protocol "pairs": a random pair of each object, as in training (4.1); several with a higher
     `views` or `count`. "first": the object's first view is the input, the others are targets.
     count: at most so many pairs. objects: at most so many objects. views: so many targets of each
-    object. trained_on: a checkpoint's `list_id`; another list of objects is split otherwise, and a
-    warning says so.
+    object. trained_on, held_out: a checkpoint's `list_id` and --val_fraction; a warning says where
+    it may have been trained on these objects.
 
     Returns dicts with "key", "object" and "view" (numbers, for the noise), the paths "cond" and
     "target" of the images and "move", the paths of their poses. Repeated pairs and objects of one
@@ -173,6 +174,11 @@ def fixed_pairs(
         print(
             "WARNING: the model was trained on another list of objects: "
             f"--split {split} may mean others, too"
+        )
+    elif split == "val" and trained_on is not None and val_fraction > held_out:
+        print(
+            f"WARNING: --val_fraction {val_fraction:g}: the model held out {held_out:g}, and was "
+            "trained on the others"
         )
     limits = [number for number in (count, objects) if number is not None]
     views_of = usable_views(
@@ -544,11 +550,6 @@ def choose_pairs(path: str, args, meta: dict, val_fraction: float) -> list[dict]
             f"WARNING: {args.data} has no valid_paths.json, so --split val is not Zero-1-to-3's: "
             f"--ckpt {path} may have been trained on these objects"
         )
-    if not foreign and args.split == "val" and val_fraction > meta["val_fraction"]:
-        print(
-            f"WARNING: --val_fraction {val_fraction:g}: --ckpt {path} held out "
-            f"{meta['val_fraction']:g}, and may have been trained on the other objects"
-        )
     return fixed_pairs(
         args.data,
         val_fraction,
@@ -556,6 +557,7 @@ def choose_pairs(path: str, args, meta: dict, val_fraction: float) -> list[dict]
         args.protocol,
         count=args.pairs,
         trained_on=meta.get("objects"),
+        held_out=meta["val_fraction"],
         objects=args.objects,
         views=args.views,
     )

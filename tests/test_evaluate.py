@@ -226,7 +226,7 @@ def test_a_foreign_checkpoints_split_needs_the_list_of_objects(tree, tmp_path, c
     flags = {"data": root, "protocol": "pairs", "pairs": None, "objects": None, "views": None}
     held_out = argparse.Namespace(**flags, split="val")
     everything = argparse.Namespace(**flags, split="all")
-    foreign = {"image_size": 256}
+    foreign = {"image_size": 256, "val_fraction": 0.01}
     ours = {"image_size": 256, "args": {}, "val_fraction": 0.25}
 
     def warned(args, meta) -> bool:
@@ -415,7 +415,7 @@ def test_seed_eta_scale_and_steps_change_the_samples(run, tree, tmp_path):
 
 def test_more_objects_than_the_run_held_out_are_warned_of(run, tree, tmp_path, capsys):
     score(run, tree, tmp_path / "e", "--val_fraction", 0.5, "--pairs", 2)
-    assert "WARNING: --val_fraction 0.5" in capsys.readouterr().out
+    assert "WARNING: --val_fraction 0.5: the model held out 0.25" in capsys.readouterr().out
     score(run, tree, tmp_path / "f", "--val_fraction", 0.25, "--pairs", 2)
     assert "WARNING" not in capsys.readouterr().out
 
