@@ -510,16 +510,16 @@ class Archive(torch.utils.data.Dataset):
             )
         return value
 
-    def view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """Rows of one view of object `index`, each without its batch axis. Raises InputError."""
+    def read_view(self, index: int, view: int, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Rows of object `index`'s view number `view`, without batch axis. Raises InputError."""
         shard, first_row, _ = self.rows[index].tolist()
         self.map_shard(shard)
         return {key: self.read_row(shard, key, first_row + view) for key in keys}
 
     def image(self, index: int, view: int) -> Tensor:
         """The image (3,H,W) that a view was archived of. Raises InputError."""
-        archived = self.view(index, view, ("view", "pose"))
-        file_index = archived["view"].item()
+        archived = self.read_view(index, view, ("view", "pose"))
+        file_index = archived["view"].item()  # the number in the file's name
         folder = Path(self.images, self.names[index])
         try:
             path = indexed(folder, IMAGE_EXTENSIONS)[file_index]

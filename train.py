@@ -670,14 +670,14 @@ def run_facts(args, precision: str, world: int, train_set, val_set, frozen: dict
         "processes": world,
         "training_objects": list_id(train_set.names),
         "held_out_objects": list_id(val_set.names),
-        "frozen": [
+        "frozen_ids": [
             frozen["encoder"]["sha256"],
             frozen["encoder"]["layers"],
             frozen["codec"]["sha256"],
             frozen["image_size"],
         ],
         "encoder_pixels": frozen["encoder"]["image_size"],
-        "held_out": frozen["val_fraction"],
+        "held_out_fraction": frozen["val_fraction"],
     }
 
 
@@ -687,7 +687,7 @@ def check_ranks(state: State, facts: dict, where: str, world: int) -> None:
         "steps": state.step,
         "training objects": facts["training_objects"],
         "held-out objects": facts["held_out_objects"],
-        "encoder and codec": facts["frozen"],
+        "encoder and codec": facts["frozen_ids"],
     }
     check_alike(found, world, where)
 

@@ -161,7 +161,7 @@ def foreground_views(archive: data.Archive, index: int) -> list[dict]:
     views = []
     view_count = archive.rows[index][2]
     for number in range(view_count):
-        view = archive.view(index, number, ("patch", "alpha", "pose", "latent_mean"))
+        view = archive.read_view(index, number, ("patch", "alpha", "pose", "latent_mean"))
         view["cover"] = view["alpha"] > 127  # (T,) bool: at least half of the patch
         if view["cover"].sum() > 3:
             views.append(view)

@@ -221,7 +221,7 @@ def compare_flags(out: str, now: dict, saved: dict) -> list[str]:
     for key, value in now.items():
         if key not in saved or saved[key] == value:
             continue
-        if key in ("frozen", "encoder_pixels"):
+        if key in ("frozen_ids", "encoder_pixels"):
             raise InputError(
                 f"--archive or --data: {out} was started with another encoder, codec or image size"
             )

@@ -37,7 +37,7 @@ ALIKE = (
 MAY_DIFFER = (
     "seed",
     "out",
-    # Paths: train.py records what lies there as "objects" and "frozen".
+    # Paths: train.py records what lies there as "training_objects" and "frozen_ids".
     "archive",
     "data",
     "weights",

@@ -16,6 +16,10 @@ from tools import shapes
 
 torch.set_num_threads(1)  # the sizes here gain nothing from more
 
+# Where the first backward pass comes after a torch.compile, autograd starts threads, and no child
+# that is forked later can go backward.
+torch.ones(1, requires_grad=True).backward()
+
 # Before any bar is drawn: a bar's class then makes no lock of processes, which a child that is
 # killed would hold for ever, and no thread holds the lock while a test forks.
 tqdm.set_lock(threading.RLock())

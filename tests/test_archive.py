@@ -455,7 +455,7 @@ def test_one_flipped_bit_is_found(archive, tmp_path):
     at = whole.index(row)
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with pytest.raises(InputError, match="00000.safetensors: damaged shard .cls of its view 17."):
-        data.Archive(tmp_path / "a", "train").view(4, 1, ("cls",))
+        data.Archive(tmp_path / "a", "train").read_view(4, 1, ("cls",))
     path.write_bytes(whole[:-1])
     with pytest.raises(InputError, match="00000.safetensors: changed from"):
         pairs[[0]]
