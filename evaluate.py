@@ -153,7 +153,7 @@ def fixed_pairs(
     protocol: str,
     count: int | None = None,
     trained_on: str | None = None,
-    held_out: float | None = None,
+    held_out: float = 1.0,
     objects: int | None = None,
     views: int | None = None,
 ) -> list[dict]:
@@ -184,6 +184,8 @@ def fixed_pairs(
     views_of = usable_views(
         root, names, data.split_objects(names, val_fraction, split), min(limits, default=len(names))
     )
+    if objects is not None and len(views_of) < min(limits):
+        print(f"note: --objects {objects}: there are {len(views_of)} in --split {split}")
     if not views_of:
         raise InputError(
             f"{root}: no object with two views in --split {split} at --val_fraction {val_fraction}"

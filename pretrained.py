@@ -808,17 +808,23 @@ def check_init(model: NovelViewModel, source: str, encoder: dict) -> None:
     that was trained with other features.
     """
     meta = own_meta(source)
-    other_features = False
+    other_features = other_pose = False
     if meta is None:
         theirs = {"num_heads": read_heads(locate(source, ("unet", "cc_projection")))}
     else:
         with naming(f"--init {source}: malformed metadata"):
             theirs = {key: meta["model"][key] for key in ("prediction", "num_heads")}
-            other_features = any(
-                meta["encoder"][key] != encoder[key] for key in ("sha256", "layers")
+            # tools.convert rounds an encoder's own weights, and notes what they were.
+            features = meta["encoder"]
+            hashes = features["sha256"], features.get("exact_sha256")
+            other_features = (
+                encoder["sha256"] not in hashes or encoder["layers"] != features["layers"]
             )
+            other_pose = meta["model"].get("pose_encoding", "zero123") != model.pose_encoding
     for key, value in theirs.items():
         if value is not None and value != model.args[key]:
             raise InputError(f"--init {source}: its {key} is {value}, here it is {model.args[key]}")
     if other_features:
         print(f"init: {source} was trained with another image encoder, or other layers of it")
+    if other_pose:
+        print(f"init: {source} was trained with another pose encoding than --pose asks for")

@@ -594,6 +594,14 @@ def check_cameras(args: argparse.Namespace) -> None:
             )
 
 
+def check_distances(encoding: str, poses: Tensor) -> None:
+    """Raises InputError where the camera moves away and the model's pose encoding can't say so."""
+    if encoding == "elevation" and poses[:, 3].any():
+        raise InputError(
+            "--distance: this model is told the photo's elevation in the place of the distance"
+        )
+
+
 def load_photos(paths: list[Path], size: int, crop: bool) -> dict[Path, Tensor]:
     """{path: image (3,size,size)}.
 
@@ -635,6 +643,7 @@ def main() -> None:
             "WARNING: this model is told the photo's elevation, and takes it for 0: give "
             "--input_elevation DEGREES"
         )
+    check_distances(model.pose_encoding, poses)
     for path in images:
         check_writable(Path(args.out, path.stem, "input.png"))
 

@@ -1010,6 +1010,8 @@ def main() -> None:  # noqa: C901, PLR0912, PLR0915 (they read best in one piece
         f"steps {state.step} to {args.steps}",
         *notes_on_flags(args),
     )
+    if state.step >= args.steps:
+        log.say(f"{out} has {state.step} steps already: nothing to train (--steps)")
     if len(val_set) == 0 and (args.val_every or args.preview_every):
         log.say("no object is held out: there will be no held-out loss and no preview")
 

@@ -1,6 +1,7 @@
 """What every command line shares: errors in one line, checked flags, help, presets."""
 
 import argparse
+import atexit
 import contextlib
 import math
 import os
@@ -163,6 +164,7 @@ def run_script(main) -> None:
     if "RANK" in os.environ:
         # Under torchrun the work is done here. A thread that wakes while Python takes itself down
         # can abort the process (pytorch issue 190489), and torchrun would call the job failed.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -43,7 +43,9 @@ def open_image(path: str | Path) -> Image.Image:
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # PIL raises nearly anything on malformed files
         raise InputError(f"{path}: unreadable image ({one_line(error)})") from None
-    raise InputError(f"{path}: image too large ({width}x{height}, at most {MAX_PIXELS} pixels)")
+    raise InputError(
+        f"{path}: image too large ({width}x{height}, at most {MAX_PIXELS} pixels); shrink it first"
+    )
 
 
 def brand(path: str | Path) -> bytes:
@@ -156,10 +158,13 @@ def list_photos(path: str) -> list[Path]:
     ]
     if not photos:
         raise InputError(f"--image {path}: no {', '.join(PHOTO_EXTENSIONS)} in it")
-    if len({photo.stem for photo in photos}) < len(photos):
-        raise InputError(
-            f"--image {path}: two of its images share a name, and would share a folder of --out"
-        )
+    stems = {}
+    for photo in photos:
+        other = stems.setdefault(photo.stem, photo)
+        if other is not photo:
+            raise InputError(
+                f"--image {path}: {other.name} and {photo.name} would share a folder of --out"
+            )
     return photos
 
 
@@ -311,6 +316,8 @@ def write_views(
     """
     old_views = views_of_an_earlier_run(folder)
     save_picture(folder / "input.png", to_pil(image))
+    if old_views:
+        print(f"{folder}/: an earlier run's views give way")
     for path in old_views:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,6 +15,8 @@ def catch_signals() -> list[int]:
 
     def handler(number, frame):
         caught.append(number)
+        if os.environ.get("RANK", "0") == "0":  # print may be under way, and can't be entered twice
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 

@@ -119,7 +119,15 @@ def main() -> None:
         args.ckpt, device, args.encoder_weights, args.vae, args.pose
     )
     val_fraction = meta["val_fraction"] if args.val_fraction is None else args.val_fraction
-    pairs = fixed_pairs(args.data, val_fraction, "val", "pairs", args.pairs, meta.get("objects"))
+    pairs = fixed_pairs(
+        args.data,
+        val_fraction,
+        "val",
+        "pairs",
+        count=args.pairs,
+        trained_on=meta.get("objects"),
+        held_out=meta["val_fraction"],
+    )
     batches = load_batches(pairs, meta["image_size"], args.batch_size, model, encoder, codec)
 
     def sample_pairs(sampler: str, eta: float, steps: int) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, vae, clip):
         convert.write_diffusers(tmp_path / "file", small_model(), vae, clip)
 
 
-def test_half_the_size_gives_nearly_the_same_model(run, tmp_path):
+def test_half_the_size_gives_nearly_the_same_model(run, tmp_path, capsys):
     out = tmp_path / "half.safetensors"
     call(convert, "--ckpt", run, "--out", out)
     whole = run / (run / "latest").read_text() / "model.safetensors"
@@ -131,6 +131,9 @@ def test_half_the_size_gives_nearly_the_same_model(run, tmp_path):
     assert (meta["args"]["archive"], meta["args"]["out"]) == ("archive", "run")
     for name, value in exact.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    capsys.readouterr()
+    pretrained.check_init(exact, str(out), exact_encoder.spec())
+    assert not capsys.readouterr().out  # the encoder is the same one, rounded
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     torch.testing.assert_close(encoder(image)[1], exact_encoder(image)[1], atol=0.05, rtol=0.05)
 

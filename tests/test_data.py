@@ -400,6 +400,9 @@ def test_check_leaves_a_list_as_it_is_and_writes_another_on_demand(tree, tmp_pat
     shutil.copytree(tree, root)
     (root / "00000/001.png").write_bytes(b"")
     (root / "valid_paths.json").write_text('["00002", "00000", "gone", "00001"]')
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match="--list .*notes.md: exists"):
+        call(check, "--data", root, "--list", tmp_path / "notes.md")
     code, printed = run_check(capsys, "--data", root, "--list", tmp_path / "sound.json")
     assert code == 1
     assert "defect: unreadable image: 1" in printed

@@ -388,10 +388,11 @@ def test_what_can_change_within_a_run_is_listed(small, at4, capfd):
     assert size(at4) < 0.99 * size(small / "run")
 
 
-def test_resuming_mends_latest(small, at4):
+def test_resuming_mends_latest(small, at4, capfd):
     (at4 / "latest").write_text("step_0000001")
     training(small / "archive", at4, "--steps", 4)()
     assert (at4 / "latest").read_text() == "step_0000004"
+    assert f"{at4} has 4 steps already: nothing to train" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -468,6 +469,7 @@ def test_a_signal_to_all_processes_of_a_job_lets_the_compiler_end(small, at4, tm
     log = tmp_path / "log"
     work = training(small / "archive", at4, "--compile")
     assert run_child(work, log, setup) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("stopping after this step; a second signal stops at once") == 1
     assert (at4 / "preempted").exists()
     assert newest(at4) == 5
 

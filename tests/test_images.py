@@ -124,6 +124,9 @@ def test_a_grey_that_counts_as_transparent_is_background(tmp_path):
 def test_a_folders_photos_are_of_every_format_that_is_read(tmp_path, suffix):
     Image.new("RGB", (8, 8)).save(tmp_path / f"photo{suffix}")
     assert images.list_photos(str(tmp_path)) == [tmp_path / f"photo{suffix}"]
+    (tmp_path / "photo.webp").touch()
+    with pytest.raises(InputError, match=f"photo{suffix} and photo.webp would share"):
+        images.list_photos(str(tmp_path))
     images.load_photo(tmp_path / f"photo{suffix}", 8, crop=False)
 
 

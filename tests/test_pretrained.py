@@ -851,6 +851,9 @@ def test_init_from_another_encoder_or_another_prediction(run, capsys):
     assert not capsys.readouterr().out
     pretrained.check_init(ours, str(run), {**meta["encoder"], "layers": [1]})
     assert "another image encoder, or other layers" in capsys.readouterr().out
+    other_pose = NovelViewModel(**{**args, "pose_encoding": "elevation"})
+    pretrained.check_init(other_pose, str(run), meta["encoder"])
+    assert "another pose encoding than --pose asks for" in capsys.readouterr().out
     for key, value in (("prediction", "eps"), ("num_heads", 8)):
         model = NovelViewModel(**{**args, key: value})
         with pytest.raises(InputError, match=f"--init .*its {key} is"):

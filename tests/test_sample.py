@@ -227,6 +227,8 @@ def test_a_model_that_wants_the_elevation_asks_for_it(
     with pytest.raises(InputError, match="could not be written"):
         call(sample, "--ckpt", run, "--image", photo, "--out", tmp_path, "--device=cpu", *flags)
     assert capsys.readouterr().out.count("WARNING: this model is told the photo's") == warnings
+    with pytest.raises(InputError, match="--distance: this model is told"):
+        call(sample, "--ckpt", run, "--image", photo, "--device=cpu", *flags, "--distance", 0, 0.1)
 
 
 def test_cameras_beyond_the_pole_are_noted(tmp_path, capsys):

@@ -88,6 +88,7 @@ def generate(
     azimuths = sample.orbit_azimuths(orbit, [azimuth]) if orbit else [azimuth]
     poses = sample.camera_moves(azimuths, [elevation], [distance])
     model, encoder, codec, meta = opened
+    sample.check_distances(model.pose_encoding, poses)
     image = load_photo(Path(photo), meta["image_size"], crop)
     steps = settings["steps"]
     run_sampler = functools.partial(

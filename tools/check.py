@@ -155,6 +155,8 @@ def main() -> None:
     add_workers(parser)
     args = parser.parse_args()
 
+    if args.list and Path(args.list).exists() and Path(args.list).suffix != ".json":
+        raise InputError(f"--list {args.list}: exists, and is no .json that could be overwritten")
     had_list = (args.data / "valid_paths.json").exists()
     defects, sound = check(args.data, args.workers)
     if args.list:

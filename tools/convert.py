@@ -237,7 +237,8 @@ def write_half(path: Path, ckpt: str) -> None:
         weights = own_weights or spec["weights"]
         layers = tuple(spec["layers"])
         encoder = ImageEncoder(spec["name"], weights, layers, spec["image_size"], pca)
-        meta["encoder"] = {**encoder.spec(), "weights": spec["weights"]}
+        exact = {"weights": spec["weights"], "exact_sha256": spec["sha256"]}
+        meta["encoder"] = {**encoder.spec(), **exact}
     write_atomically(path, lambda temporary: write_model_file(temporary, meta, half))
 
 
