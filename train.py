@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -571,7 +572,7 @@ def load_init(model: NovelViewModel, source: str, encoder: dict, rank: int) -> N
 
     encoder: the spec of the model's encoder.
     """
-    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
         pretrained.check_init(model, source, encoder)
         weights = pretrained.read_weights(source, ("unet", "cc_projection"))
         pretrained.load_pretrained(model, weights, f"init {source}")

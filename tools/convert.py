@@ -228,9 +228,10 @@ def write_half(path: Path, ckpt: str) -> None:
     meta, tensors = found
     half = {name: tensor.half() for name, tensor in tensors.items()}
     del meta["sha256"]
+    flags = meta.get("args", {})
     for flag in ("archive", "data", "init", "out", "vae"):
-        folder = meta["args"].get(flag)
-        meta["args"][flag] = folder and Path(folder).name
+        if flags.get(flag):
+            flags[flag] = Path(flags[flag]).name
     own_weights, pca = pretrained.split_own({name: value.float() for name, value in half.items()})
     if own_weights or pca:  # its encoder's own weights are rounded, too
         spec = meta["encoder"]
