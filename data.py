@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lib.archives import ROW_KEYS, checksum, open_shard, read_manifest, shard_path
-from lib.cli import InputError
+from lib.cli import InputError, is_rank_0
 from lib.images import IMAGE_EXTENSIONS, load_image
 
 POSE_ENCODINGS = ("zero123", "elevation")  # see relative_pose
@@ -208,7 +208,7 @@ def scan(root: Path) -> list[str]:
 @functools.cache
 def say_it_scans(root: Path) -> None:
     """Prints that there is no list: once a process, and once a job of several ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         print(
             f"note: {root} has no valid_paths.json, so its folders are listed by name. Objaverse's "
             "renders have such a list, a separate download (valid_paths.json.zip of the zero123 "

@@ -49,7 +49,7 @@ from lib.cli import (
 )
 from lib.distributed import from_rank_0, gather_objects, join_ranks, open_device
 from lib.files import write_jsonl
-from lib.formats import is_hub_name, read_tensors
+from lib.formats import may_exist, read_tensors
 from lib.images import labelled_grid, load_image, save_picture
 from lib.scores import open_table
 
@@ -534,7 +534,7 @@ def check_checkpoints(args) -> None:
     """
     smallest = 11 if args.lpips == "none" else 32
     for path in args.ckpt:
-        if not Path(path).exists() and not is_hub_name(path):
+        if not may_exist(path):
             raise InputError(f"--ckpt {path}: no such file or run")
         size = pretrained.image_size(path)
         if size < smallest:

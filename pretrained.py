@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -18,7 +17,15 @@ from torch import Tensor, nn
 
 from lib.autoencoder import AutoencoderKL, load_autoencoder
 from lib.checkpoints import read_checkpoint, read_meta, tensor_hash
-from lib.cli import InputError, fraction, hint, nonnegative_int, one_line, positive_int
+from lib.cli import (
+    InputError,
+    fraction,
+    hint,
+    is_rank_0,
+    nonnegative_int,
+    one_line,
+    positive_int,
+)
 from lib.formats import (
     POSE_MLP,
     PREFIX,
@@ -456,7 +463,7 @@ def open_frozen(
 @functools.cache
 def say_scale(vae: str, scale: float) -> None:
     """Prints that a VAE has a scale of its own: once a process, and once a job of several ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         print(
             f"--vae {vae}: latents are multiplied by its own scaling_factor {scale:g}, "
             f"not by Stable Diffusion 1.x's {AutoencoderKL.scale}"

@@ -57,7 +57,7 @@ from lib.distributed import (
     wrap_ddp,
 )
 from lib.files import append, lock, trim_log, write_text
-from lib.formats import is_hub_name
+from lib.formats import may_exist
 from lib.images import labelled_grid, save_picture
 from lib.signals import catch_signals, start_workers_unstoppable
 from model import (
@@ -84,21 +84,20 @@ def parse_args() -> argparse.Namespace:
     add_logging_flags(parser)
     args = parser.parse_args()
     if args.init:
+        source = args.init
+        if not may_exist(source):
+            if not checkpoints.any_checkpoint(Path(args.out)):
+                raise InputError(f"--init {source}: no such file or run")
+            source = args.out  # it was begun from --init, whose weights it needs no more
         # A run of ours tells its architecture; flags that are given explicitly come first.
-        begun = checkpoints.any_checkpoint(Path(args.out))  # --init is not read again then
-        parser.set_defaults(**architecture_of(args.out if begun else args.init))
+        parser.set_defaults(**architecture_of(source))
         args = parser.parse_args()
     check_flags(args)
     return args
 
 
 def architecture_of(source: str) -> dict:
-    """The flags of the model in a run of ours, for --init; {} for other checkpoints.
-
-    Raises InputError where there is nothing.
-    """
-    if not Path(source).exists() and not is_hub_name(source):
-        raise InputError(f"--init {source}: no such file or run")
+    """The flags of the model in a run of ours, for --init; {} for other checkpoints."""
     meta = pretrained.own_meta(source)
     if meta is None:
         return {}

@@ -87,13 +87,23 @@ def nonnegative_int(text: str) -> int:
     return _number(text, int, lambda n: n >= 0, "0 or above")
 
 
+def is_rank_0() -> bool:
+    """Whether this is the process that speaks for its job. It is where there is but one, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def available_cores() -> int:
+    """Those that this process may use: in a container often fewer than the machine has."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def default_workers(most: int = 4) -> int:
     """The default of --workers: a process for each core that this rank may use, at most so many.
 
     PyTorch warns of more. Ranks of one machine share its cores.
     """
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux; less than cpu_count in a container
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    cores = available_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(most, cores // ranks))
 

@@ -704,6 +704,11 @@ def is_hub_name(source: str | Path) -> bool:
     return path.suffix not in WEIGHTS_SUFFIXES and path.parts[0] not in LOCAL_FOLDERS
 
 
+def may_exist(source: str | Path) -> bool:
+    """Whether this is on this disk, or could be on the hub."""
+    return Path(source).exists() or is_hub_name(source)
+
+
 def locate(source: str | Path, parts: tuple[str, ...]) -> Path:
     """The file or folder on this disk that holds the weights. What lies on the hub is fetched.
 

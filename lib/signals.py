@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 
+from lib.cli import is_rank_0
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -15,7 +17,8 @@ def catch_signals() -> list[int]:
 
     def handler(number, frame):
         caught.append(number)
-        if os.environ.get("RANK", "0") == "0":  # print may be under way, and can't be entered twice
+        if is_rank_0():
+            # Not print: it may be under way, and cannot be entered twice.
             os.write(2, b"\nstopping after this step; a second signal stops at once\n")
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)

@@ -21,7 +21,7 @@ from model import NovelViewModel, without_autocast, zero_init
 
 
 def as_it_is() -> None:
-    """One hidden layer, sines and cosines of 1, 2, 4, 8 times the numbers, the context token."""
+    """One hidden layer; sines, cosines of 1, 2, 4, 8 times the numbers; beside the token."""
 
 
 def no_sines() -> None:

@@ -3,7 +3,8 @@
 #
 #     studies/poses.sh                                   # a CPU, about an hour and a half on one core
 #     OUT=out/poses-1200 STEPS=1200 SEEDS="0 1 2" studies/poses.sh
-#     SEEDS="0 1 2" VARIANTS="no_sines no_hidden_layer two_hidden_layers linear no_token absolute" studies/poses.sh
+#     SEEDS="0 1 2" VARIANTS="no_sines no_hidden_layer two_hidden_layers linear no_token absolute" \
+#         studies/poses.sh
 #
 # The camera move's four numbers leave out the elevation of the input view ("zero123"), or have it in
 # the place of the change of distance ("elevation"). It can be seen in pictures of cars, which have an

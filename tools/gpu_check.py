@@ -19,10 +19,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.cli import ArgumentParser, InputError, positive_finite_float, run_script
+from lib.cli import (
+    ArgumentParser,
+    InputError,
+    available_cores,
+    positive_finite_float,
+    run_script,
+)
 from lib.files import append, check_writable, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -104,12 +110,8 @@ def make_parts(size: str, device: str, out: Path, until: float) -> list[Part]:
     training = ["--train_until", until, "--size", size, "--device", device, "--out", out]
     parts.append(Part("training", [sys.executable, "-m", "tools.gpu_check", *training], 150, 900))
     if not full:  # a rehearsal, on a machine that may be slow and busy
-        parts = [Part(part.name, part.command, 0, 20 * part.limit) for part in parts]
+        parts = [replace(part, needs=0, limit=20 * part.limit) for part in parts]
     return parts
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def in_parallel() -> list:
@@ -117,13 +119,13 @@ def in_parallel() -> list:
     with contextlib.suppress(ImportError):
         import xdist  # noqa: F401 (only whether it is there)
 
-        return ["-n", min(6, cores()), "--dist", "load"]
+        return ["-n", min(6, available_cores()), "--dist", "load"]
     return []
 
 
 def workers() -> list[int]:
     """Numbers of data workers that are tried."""
-    return [count for count in (1, 4, 8, 16) if count <= cores()]
+    return [count for count in (1, 4, 8, 16) if count <= available_cores()]
 
 
 def memory_command(bench: Callable, memory_gb: int, full: bool) -> list:
